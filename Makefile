@@ -1,0 +1,54 @@
+# Every target works in a fresh clone: each depends on the environment, which is built once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# A wheel index for torch, where the default one does not have the build you want.
+TORCH_INDEX ?=
+CPU_TORCH := torch==2.13.0
+WORKERS ?= 2
+
+.PHONY: help env demo test test-fast lint format bench clean
+
+help:  ## what the targets do
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+env: $(STAMP)  ## build .venv with everything; the CPU torch where no NVIDIA GPU is found
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@if ! command -v nvidia-smi >/dev/null 2>&1; then \
+		echo "no NVIDIA GPU found: installing $(CPU_TORCH)"; \
+		$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(CPU_TORCH)"; \
+	elif [ -n "$(TORCH_INDEX)" ]; then \
+		$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) torch; \
+	fi
+	$(BIN)/python -m pip install --quiet -e '.[dev,deepspeed]'
+	@touch $@
+
+demo: env  ## pretrain a small Aria on emoji and let it name a few
+	$(BIN)/cantata demo
+
+test: env  ## the whole suite
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-fast: env  ## without what takes long
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+lint: env  ## ruff, mypy and the import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: env  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: env  ## side by side with others
+	set -e; for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file; done
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) build dist outputs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,89 @@
+"""The `cantata` command: a verb, then what that verb takes.
+
+Nothing heavy is imported before the verb is known, so that `cantata --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from cantata import __version__
+from cantata.core.errors import CantataError
+from cantata.core.locate import recipes_dir
+from cantata.core.suggest import hint
+
+USAGE = 2
+
+
+class Verb(NamedTuple):
+    """What a verb does, and who does it: a recipe's file, or a module with `main(argv)`."""
+
+    summary: str
+    recipe: str | None = None
+    module: str | None = None
+
+
+VERBS = {
+    "pretrain": Verb("Train a model from scratch, or on from weights.", recipe="pretrain.py"),
+    "verify": Verb("Compare a Hugging Face folder's model with transformers.", module="cantata.tools.verify"),
+    "demo": Verb(
+        "Pretrain a small Aria on emoji in minutes and let it name a few.", module="cantata.tools.demo"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code: 0 done, 1 failed, 2 wrong usage or configuration."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        sys.stderr.write(usage())
+        return USAGE
+    name, *rest = arguments
+    if name in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0
+    if name == "--version":
+        sys.stdout.write(f"cantata {__version__}\n")
+        return 0
+    if name not in VERBS:
+        sys.stderr.write(f"error: {name} is not a verb of cantata{hint(name, VERBS)}\n")
+        return USAGE
+    return _run(VERBS[name], rest)
+
+
+def usage() -> str:
+    """The help page, from the table of verbs."""
+    width = max(map(len, VERBS))
+    rows = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: cantata VERB [ARGUMENTS]",
+            "",
+            *rows,
+            "",
+            "cantata VERB --help says what a verb takes; cantata --version which version this is.",
+            "",
+        ]
+    )
+
+
+def _run(verb: Verb, arguments: list[str]) -> int:
+    if verb.recipe is not None:
+        recipe = str(recipes_dir() / verb.recipe)
+        sys.argv = [recipe, *arguments]
+        runpy.run_path(recipe, run_name="__main__")
+        return 0
+    assert verb.module is not None
+    try:
+        code: int = import_module(verb.module).main(arguments)
+    except CantataError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted\n")
+        return 130
+    return code

@@ -1,0 +1,1 @@
+"""What every part stands on: types, errors, config, build, processes, logs and files."""

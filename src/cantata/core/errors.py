@@ -1,0 +1,17 @@
+"""The two ways a command fails, each one line for the user and one exit code."""
+
+
+class CantataError(Exception):
+    """A failure with a one-line message that names what, where and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(CantataError):
+    """Bad configuration or usage, found before anything is built."""
+
+    exit_code = 2
+
+
+class RunError(CantataError):
+    """A run that started and cannot go on."""

@@ -1,0 +1,179 @@
+"""What travels between data, models and trainers.
+
+Shape suffixes used throughout Cantata:
+    T  tokens of a micro-batch (all its rows, packed end to end)
+    N  tokens that carry a target        Q  image features (projector outputs)
+    P  image patches of a micro-batch    I  images of a micro-batch
+    C  values of a patch (channels * patch_size ** 2)
+    D  hidden size    H  attention heads    h  head dimension    V  vocabulary
+    E  experts        K  experts per token (top_k)
+    F  expert width   L  MoE layers         M  modalities
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a token that carries no target."""
+
+MODALITIES = ("text", "image", "video")
+"""Names of the modality ids 0, 1, 2."""
+
+TEXT, IMAGE, VIDEO, PADDING = 0, 1, 2, -1
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Lengths of consecutive runs in a packed sequence.
+
+    The lengths live on the host, so that no kernel launch waits for the device.
+    """
+
+    lengths: tuple[int, ...]
+
+    @cached_property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def max_length(self) -> int:
+        return max(self.lengths, default=0)
+
+    def offsets(self, device: torch.device | str = "cpu") -> Tensor:
+        """Cumulative lengths, int32, one more than there are segments (starts at 0)."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=device)
+
+    def ids(self, device: torch.device | str = "cpu") -> Tensor:
+        """The index of the segment of each position, int64, (total,)."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int64, device=device)
+        index = torch.arange(len(self.lengths), device=device)
+        return torch.repeat_interleave(index, lengths, output_size=self.total)
+
+    @staticmethod
+    def concatenate(parts: Iterable[Segments]) -> Segments:
+        return Segments(tuple(length for part in parts for length in part.lengths))
+
+
+@dataclass
+class Images:
+    """The images of a micro-batch, packed without padding: valid patches only.
+
+    A batch without images holds empty tensors, so that every rank runs the tower.
+    """
+
+    patches_PC: Tensor
+    """Pixels of each patch in (channel, row, column) order: uint8, or already normalised floats."""
+    position_ids_P: Tensor
+    """Index of each patch into the tower's learned positions, int64."""
+    patches: Segments
+    """Patches of each image."""
+    features: Segments
+    """Features that the projector makes of each image."""
+    token_index_Q: Tensor
+    """Position in the packed tokens of each feature, int64."""
+
+
+class RowInfo(NamedTuple):
+    """Where a packed row came from; names a batch in messages and carries the loader's state."""
+
+    stream: int
+    """The logical stream that made the row."""
+    samples: tuple[str, ...]
+    """`source:index` of each sample in it."""
+    state: dict[str, Any]
+    """State of the stream after this row (plain JSON values)."""
+    dropped: tuple[tuple[str, str, int], ...] = ()
+    """(source, reason, index) of each sample dropped on the way to this row."""
+
+
+@dataclass
+class Batch:
+    """A micro-batch: samples packed end to end, then padding up to a fixed T."""
+
+    input_ids_T: Tensor
+    labels_T: Tensor
+    """The token that each position must predict (already shifted), or `IGNORE_INDEX`; int64."""
+    position_ids_T: Tensor
+    """Position inside the sample, int64."""
+    modality_ids_T: Tensor
+    """Index into `MODALITIES`, or `PADDING`; int64."""
+    target_index_N: Tensor
+    """Positions whose label is not `IGNORE_INDEX`, int64; made on the host, so its size is known there."""
+    target_modality_N: Tensor
+    """Modality of the sample that each target stands in: `TEXT` where it holds nothing else; int64."""
+    samples: Segments
+    """Tokens of each sample; their total is the number of tokens before the padding."""
+    images: Images
+    rows: tuple[RowInfo, ...] = field(default=())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return self.samples.total
+
+    @property
+    def num_targets(self) -> int:
+        return self.target_index_N.numel()
+
+    def describe(self) -> str:
+        """The samples of this batch, for messages."""
+        names = [name for row in self.rows for name in row.samples]
+        shown = ", ".join(names[:8])
+        return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """A copy whose tensors live on `device`."""
+        return _move(self, device, non_blocking)
+
+
+def _move(record: Any, device: torch.device | str, non_blocking: bool) -> Any:
+    moved = {}
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if isinstance(value, Tensor):
+            moved[item.name] = value.to(device, non_blocking=non_blocking)
+        elif isinstance(value, Images):
+            moved[item.name] = _move(value, device, non_blocking)
+    return replace(record, **moved)
+
+
+class RouterStats(NamedTuple):
+    """What an MoE layer says of its routing; a model stacks its layers on the first axis.
+
+    Every value leaves padding out.
+    """
+
+    loss: Tensor
+    """Balance and z terms with their coefficients, mean over tokens; scalar or (L,), with gradient."""
+    aux_loss: Tensor
+    """Switch balance loss without its coefficient, detached."""
+    z_loss: Tensor
+    """Mean squared logsumexp without its coefficient, detached."""
+    tokens_per_expert_ME: Tensor
+    """Tokens that chose each expert, by modality; int64, (M, E) or (L, M, E)."""
+
+
+class ModelOutput(NamedTuple):
+    """What a language model's forward returns."""
+
+    loss_sum: Tensor
+    """Cross entropy summed over the targets, fp32 scalar."""
+    loss_N: Tensor
+    """Cross entropy of each target, fp32, detached."""
+    router: RouterStats | None
+    logits_TV: Tensor | None
+
+
+class StepTotals(NamedTuple):
+    """Counts of one optimizer step over all ranks and micro-batches."""
+
+    tokens: int
+    target_tokens: int
