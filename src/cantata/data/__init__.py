@@ -1,0 +1,1 @@
+"""Sources, packing, collation and the loader whose order is a function of (seed, position)."""

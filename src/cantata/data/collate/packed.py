@@ -1,0 +1,132 @@
+"""Samples end to end, then one tail of padding.
+
+F  token fields (ids, label, position, modality, modality of the sample)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cantata.core.errors import RunError
+from cantata.core.samples import Example, ImagePatches, Processor, Sample
+from cantata.core.types import IGNORE_INDEX, PADDING, Batch, Images, RowInfo, Segments
+
+IDS, LABELS, POSITIONS, MODALITY, SAMPLE_MODALITY = range(5)
+
+
+class Row(NamedTuple):
+    """A packed row as few tensors, cheap to hand from a worker process to the trainer."""
+
+    tokens_FT: Tensor
+    """The token fields, int32."""
+    lengths: tuple[int, ...]
+    """Tokens of each sample."""
+    patches_PC: Tensor
+    position_ids_P: Tensor
+    patches: tuple[int, ...]
+    """Patches of each image."""
+    features: tuple[int, ...]
+    """Features of each image."""
+    info: RowInfo | None
+
+
+class PackedCollator:
+    """Encodes examples with a model family's processor and packs them into batches.
+
+    Args:
+        processor: the family's processor.
+    """
+
+    def __init__(self, processor: Processor) -> None:
+        self.processor = processor
+
+    def encode(self, example: Example, key: str) -> Sample:
+        """The example as a sample. Raises `DataError` where that cannot be."""
+        return self.processor.encode(example, key)
+
+    def row(self, samples: Sequence[Sample], info: RowInfo | None = None) -> Row:
+        """Samples end to end, labels shifted inside each.
+
+        Raises `RunError`, naming the sample, where placeholders and image features differ in number.
+        """
+        for sample in samples:
+            self._check(sample)
+        images = [image for sample in samples for image in sample.images]
+        fields = [_fields(sample) for sample in samples]
+        tokens = np.concatenate(fields, axis=1) if fields else np.zeros((5, 0), dtype=np.int32)
+        patches, position_ids = _join(images, self.processor.patch_values)
+        return Row(
+            tokens_FT=torch.from_numpy(tokens),
+            lengths=tuple(len(sample) for sample in samples),
+            patches_PC=torch.from_numpy(patches),
+            position_ids_P=torch.from_numpy(position_ids),
+            patches=tuple(len(image.patches_PC) for image in images),
+            features=tuple(image.num_features for image in images),
+            info=info,
+        )
+
+    def collate(self, rows: Sequence[Row], sequence_length: int) -> Batch:
+        """A batch of exactly T = len(rows) * sequence_length tokens.
+
+        Raises `RunError` where the rows hold more than that.
+        """
+        total = sum(row.tokens_FT.shape[1] for row in rows)
+        size = len(rows) * sequence_length
+        if total > size:
+            raise RunError(f"{len(rows)} rows hold {total} tokens, more than {sequence_length} each")
+        tokens_FT = torch.empty((5, size), dtype=torch.int64)
+        torch.cat([row.tokens_FT for row in rows], dim=1, out=tokens_FT[:, :total])
+        padding = torch.tensor([self.processor.pad_token_id, IGNORE_INDEX, 0, PADDING, PADDING])
+        tokens_FT[:, total:] = padding[:, None]
+        ids_T, labels_T, positions_T, modality_T, sample_modality_T = tokens_FT
+        target_index_N = torch.nonzero(labels_T != IGNORE_INDEX).flatten()
+        return Batch(
+            input_ids_T=ids_T,
+            labels_T=labels_T,
+            position_ids_T=positions_T,
+            modality_ids_T=modality_T,
+            target_index_N=target_index_N,
+            target_modality_N=sample_modality_T[target_index_N],
+            samples=Segments(tuple(length for row in rows for length in row.lengths)),
+            images=Images(
+                patches_PC=torch.cat([row.patches_PC for row in rows]),
+                position_ids_P=torch.cat([row.position_ids_P for row in rows]),
+                patches=Segments(tuple(count for row in rows for count in row.patches)),
+                features=Segments(tuple(count for row in rows for count in row.features)),
+                token_index_Q=torch.nonzero(ids_T == self.processor.image_token_id).flatten(),
+            ),
+            rows=tuple(row.info for row in rows if row.info is not None),
+        )
+
+    def _check(self, sample: Sample) -> None:
+        placeholders = int((sample.input_ids_T == self.processor.image_token_id).sum())
+        features = sum(image.num_features for image in sample.images)
+        if placeholders != features:
+            raise RunError(
+                f"sample {sample.key} has {placeholders} image placeholders for {features} image features"
+            )
+
+
+def _fields(sample: Sample) -> np.ndarray:
+    tokens_FT = np.empty((5, len(sample)), dtype=np.int32)
+    tokens_FT[IDS] = sample.input_ids_T
+    tokens_FT[LABELS] = IGNORE_INDEX
+    tokens_FT[LABELS, :-1] = np.where(sample.trained_T[1:], sample.input_ids_T[1:], IGNORE_INDEX)
+    tokens_FT[POSITIONS] = np.arange(len(sample))
+    tokens_FT[MODALITY] = sample.modality_ids_T
+    tokens_FT[SAMPLE_MODALITY] = sample.modality_ids_T.max(initial=0)
+    return tokens_FT
+
+
+def _join(images: Sequence[ImagePatches], patch_values: int) -> tuple[np.ndarray, np.ndarray]:
+    if not images:
+        return np.empty((0, patch_values), dtype=np.uint8), np.empty(0, dtype=np.int64)
+    return (
+        np.concatenate([image.patches_PC for image in images]),
+        np.concatenate([image.position_ids_P for image in images]),
+    )

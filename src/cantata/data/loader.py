@@ -1,0 +1,281 @@
+"""Packed batches, decoded ahead by worker processes, in an order that no layout changes.
+
+The run's rows are numbered g = 0, 1, 2, ... Row g comes from stream g % S and goes to rank g % W, so each
+rank owns whole streams (W divides S). A stream reads positions j, j + S, j + 2S, ... of the global order
+and packs its own rows. Each row carries the state of its stream after it: what was prefetched and never
+used leaves no trace, and the state means the same for any number of ranks, workers and rows per batch.
+
+    S  streams     W  data-parallel ranks     g  number of a row in the run
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count, cycle
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from cantata.core.errors import CantataError, ConfigError, RunError
+from cantata.core.samples import Sample
+from cantata.core.types import Batch, RowInfo
+from cantata.data.collate.packed import PackedCollator, Row
+from cantata.data.order import Order
+from cantata.data.packing import Packer
+from cantata.data.reading import Drop, Reader, Source
+
+log = logging.getLogger(__name__)
+
+
+class Failure(NamedTuple):
+    """An error on its way from a worker process to the trainer."""
+
+    message: str
+    is_config: bool
+
+
+class Streams(IterableDataset[Row | Failure]):
+    """The rows of some streams in turn; lives in a worker process.
+
+    Args:
+        reader: reads samples.
+        collator: packs them.
+        order: which sample stands where.
+        num_streams: S.
+        streams: numbers of these streams, in the order of their next rows.
+        states: state of each of them, or None where it has not begun.
+        window: samples a stream chooses from.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        collator: PackedCollator,
+        order: Order,
+        num_streams: int,
+        streams: Sequence[int],
+        states: Sequence[Mapping[str, Any] | None],
+        window: int,
+    ) -> None:
+        self._reader = reader
+        self._collator = collator
+        self._order = order
+        self._num_streams = num_streams
+        self._streams = streams
+        self._states = states
+        self._window = window
+
+    def __iter__(self) -> Iterator[Row | Failure]:
+        try:
+            packers: dict[int, Packer] = {}
+            for stream, state in cycle(zip(self._streams, self._states, strict=True)):
+                if stream not in packers:
+                    # Not before its turn: a resumed stream reads its pending samples again.
+                    packers[stream] = self._packer(stream, state)
+                row = packers[stream].next_row()
+                if row is not None:
+                    yield self._collator.row(row.samples, row.info)
+        except CantataError as error:
+            yield Failure(str(error), isinstance(error, ConfigError))
+
+    def _packer(self, stream: int, state: Mapping[str, Any] | None) -> Packer:
+        packer = Packer(
+            self._fetch,
+            stream,
+            self._num_streams,
+            self._reader.sequence_length,
+            self._window,
+            patience=sum(self._order.sizes),
+        )
+        if state is not None:
+            packer.load(dict(state))
+        return packer
+
+    def _fetch(self, position: int) -> Sample | Drop:
+        place = self._order.locate(position)
+        return self._reader.read(place.source, place.index)
+
+
+class Loader:
+    """The endless training batches of one rank, with a state that resumes exactly.
+
+    Iterating begins after the last batch that was handed out, so a second `iter` continues the first.
+
+    Args:
+        sources: the datasets by name.
+        collator: encodes and packs.
+        seed: decides the order.
+        sequence_length: tokens of a row.
+        micro_batch_size: rows of a batch.
+        streams: S; a multiple of `world_size`.
+        window: samples that a stream chooses from.
+        num_workers: processes that decode ahead; at most one for each stream of the rank is started.
+        prefetch: rows that each of them keeps ready.
+        rank: this data-parallel rank.
+        world_size: W.
+
+    Raises `ConfigError` where W does not divide S or a source holds nothing.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        collator: PackedCollator,
+        *,
+        seed: int,
+        sequence_length: int,
+        micro_batch_size: int,
+        streams: int,
+        window: int,
+        num_workers: int,
+        prefetch: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        if streams % world_size:
+            raise ConfigError(
+                f"data.streams={streams} is no multiple of the {world_size} data-parallel ranks"
+            )
+        sizes = {name: len(source.dataset) for name, source in sources.items()}
+        self.order = Order(sizes, {name: source.weight for name, source in sources.items()}, seed)
+        self.collator = collator
+        self._reader = Reader(sources, collator.encode, sequence_length)
+        self._micro_batch_size = micro_batch_size
+        self._num_streams = streams
+        self._window = window
+        self._num_workers = num_workers
+        self._prefetch = prefetch
+        self._rank = rank
+        self._world_size = world_size
+        self._rows = 0
+        self._states: dict[int, dict[str, Any]] = {}
+        self._told: set[tuple[str, str]] = set()
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = self._ready_rows()
+        while True:
+            batch = [next(rows) for _ in range(self._micro_batch_size)]
+            for row in batch:
+                assert row.info is not None
+                self._states[row.info.stream] = row.info.state
+                self._tell_drops(row.info)
+            self._rows += self._micro_batch_size * self._world_size
+            yield self.collator.collate(batch, self._reader.sequence_length)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the state, as plain JSON values; `merge_states` joins the ranks'."""
+        return {
+            "rows": self._rows,
+            "order": self._identity(),
+            "streams": {str(stream): state for stream, state in sorted(self._states.items())},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from the merged state of a run on any number of ranks.
+
+        Raises `ConfigError` where the data, the seed or the row length are others than they were.
+        """
+        identity = self._identity()
+        for name in {*identity, *state["order"]}:
+            was, now = state["order"].get(name), identity.get(name)
+            if was != now:
+                raise ConfigError(
+                    f"the checkpoint's data order had {name}={was}, the config has {now}; restore it to "
+                    "resume, or start a new run with another name"
+                )
+        self._rows = state["rows"]
+        mine = range(self._rank, self._num_streams, self._world_size)
+        self._states = {
+            stream: state["streams"][str(stream)] for stream in mine if str(stream) in state["streams"]
+        }
+
+    def shares(self) -> list[tuple[str, int, float]]:
+        """(name, samples, share of the samples drawn) of each source."""
+        drawn = zip(self.order.names, self.order.sizes, self.order.quotas, strict=True)
+        return [(name, size, quota / sum(self.order.quotas)) for name, size, quota in drawn]
+
+    def dropped(self) -> dict[str, dict[str, int]]:
+        """Samples left out since the run began, by source and reason, in this rank's streams."""
+        return sum_drops(state["dropped"] for state in self._states.values())
+
+    def _tell_drops(self, info: RowInfo) -> None:
+        """A line for the first of each kind; the rest are counted in the state."""
+        for source, reason, index in info.dropped:
+            is_first = (source, reason) not in self._told
+            self._told.add((source, reason))
+            level = logging.WARNING if is_first else logging.DEBUG
+            log.log(level, "left out sample %s:%d (%s); others like it are counted", source, index, reason)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.order.seed,
+            "streams": self._num_streams,
+            "window": self._window,
+            "sequence_length": self._reader.sequence_length,
+            "sources": self.order.describe(),
+        }
+
+    def _ready_rows(self) -> Iterator[Row]:
+        """This rank's rows from the next one on."""
+        first = self._rows + (self._rank - self._rows) % self._world_size
+        streams = [
+            row % self._num_streams for row in range(first, first + self._num_streams, self._world_size)
+        ]
+        workers = min(max(self._num_workers, 1), len(streams))
+        sources = [iter(self._prefetched(streams[worker::workers])) for worker in range(workers)]
+        for turn in count():
+            try:
+                item = next(sources[turn % len(streams) % workers])
+            except (RuntimeError, OSError, EOFError) as error:
+                # Which one depends on where the worker died.
+                cause = (str(error) or type(error).__name__).splitlines()[0]
+                raise RunError(f"a data worker ended ({cause}); was it killed for want of memory?") from error
+            yield arrived(item)
+
+    def _prefetched(self, streams: Sequence[int]) -> DataLoader[Row | Failure]:
+        states = [self._states.get(stream) for stream in streams]
+        dataset = Streams(
+            self._reader, self.collator, self.order, self._num_streams, streams, states, self._window
+        )
+        has_worker = self._num_workers > 0
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            collate_fn=unchanged,
+            # Its own generator: drawing worker seeds from the global one would change the run's random state.
+            generator=torch.Generator(),
+            num_workers=int(has_worker),
+            prefetch_factor=self._prefetch if has_worker else None,
+        )
+
+
+def merge_states(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state out of the parts of all ranks. Raises `RunError` where they are not of the same moment."""
+    if any(part["rows"] != parts[0]["rows"] or part["order"] != parts[0]["order"] for part in parts):
+        raise RunError("the ranks' data loaders stand at different rows; this is a bug")
+    streams = {stream: state for part in parts for stream, state in part["streams"].items()}
+    return {"rows": parts[0]["rows"], "order": parts[0]["order"], "streams": streams}
+
+
+def sum_drops(counts: Any) -> dict[str, dict[str, int]]:
+    """Add up counts of dropped samples by source and reason."""
+    total: dict[str, dict[str, int]] = {}
+    for one in counts:
+        for source, reasons in one.items():
+            for reason, number in reasons.items():
+                total.setdefault(source, {}).setdefault(reason, 0)
+                total[source][reason] += number
+    return total
+
+
+def unchanged(item: Any) -> Any:
+    return item
+
+
+def arrived(item: Row | Failure) -> Row:
+    """The row, or the worker's error as its own."""
+    if isinstance(item, Failure):
+        raise (ConfigError if item.is_config else RunError)(item.message)
+    return item

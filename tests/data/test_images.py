@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cantata.core.samples import DataError
+from cantata.data.images import open_image
+from tests.data.helpers import encoded
+
+RED = Image.new("RGB", (6, 4), (255, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("image", "pixel"),
+    [
+        (RED, (255, 0, 0)),
+        (Image.new("RGBA", (6, 4), (0, 0, 255, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (6, 4), (0, 0, 0, 128)), (127, 127, 127)),
+        (Image.new("LA", (6, 4), (0, 0)), (255, 255, 255)),
+        (Image.new("L", (6, 4), 7), (7, 7, 7)),
+        (RED.convert("P"), (255, 0, 0)),
+        (Image.new("1", (6, 4), 1), (255, 255, 255)),
+        (Image.fromarray(np.full((4, 6), 128 * 256, dtype=np.uint16)), (128, 128, 128)),
+    ],
+    ids=["RGB", "RGBA clear", "RGBA half", "LA", "L", "P", "1", "16 bit"],
+)
+def test_every_mode_becomes_rgb(image: Image.Image, pixel: tuple[int, int, int]) -> None:
+    opened = open_image(encoded(image))
+    assert (opened.mode, opened.size, opened.getpixel((0, 0))) == ("RGB", (6, 4), pixel)
+
+
+def test_palette_with_a_transparent_colour() -> None:
+    opened = open_image(encoded(RED.convert("P"), transparency=RED.convert("P").getpixel((0, 0))))
+    assert opened.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_turned_as_exif_says() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert open_image(encoded(RED, "JPEG", exif=exif)).size == (4, 6)
+
+
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_truncated_is_corrupt(format: str) -> None:
+    whole = encoded(noise(), format)
+    for share in (0.02, 0.5, 0.9):
+        with pytest.raises(DataError) as caught:
+            open_image(whole[: int(len(whole) * share)])
+        assert caught.value.reason == "corrupt image"
+
+
+def test_flipped_bytes_never_raise_anything_else() -> None:
+    whole = encoded(noise())
+    for place in range(8, len(whole), 97):
+        broken = bytearray(whole)
+        broken[place] ^= 0xFF
+        try:
+            open_image(bytes(broken))
+        except DataError:
+            continue
+
+
+def test_no_image_at_all(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="corrupt image"):
+        open_image(b"not an image")
+    with pytest.raises(DataError, match="missing image"):
+        open_image(tmp_path / "absent.png")
+
+
+def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = encoded(noise())
+    for limit in (3000, 1000):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(DataError, match="image too large"):
+            open_image(whole)
