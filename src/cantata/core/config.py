@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cantata.core.compose import COMPOSITION_ERRORS, Composed, Origins, compose, explain, one_line
 from cantata.core.dist import find_process
 from cantata.core.errors import CantataError, ConfigError
+from cantata.core.launcher import without_local_rank
 from cantata.core.locate import configs_dir
 from cantata.core.schema import InvalidKey, Key, bind, convert, dotted, slot
 
@@ -118,6 +119,7 @@ def run_stage(main: Stage, config_name: str) -> int:
         # Otherwise Hydra prints its errors over many lines and leaves with its own code.
         full_error = os.environ.get("HYDRA_FULL_ERROR")
         os.environ["HYDRA_FULL_ERROR"] = "1"
+        sys.argv[1:] = without_local_rank(sys.argv[1:])
         try:
             hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)(task)()
         except COMPOSITION_ERRORS as error:

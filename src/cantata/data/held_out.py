@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 
 from cantata.core.errors import RunError
-from cantata.core.samples import Sample
+from cantata.core.samples import DataError, Document, Sample
 from cantata.core.types import Batch
 from cantata.data.collate.packed import PackedCollator, Row
 from cantata.data.packing import Packer
@@ -62,6 +62,19 @@ class HeldOut:
     def sizes(self) -> dict[str, int]:
         """Samples of each source, the dropped ones too."""
         return {name: len(source.dataset) for name, source in self._reader.sources.items()}
+
+    def captioned(self, count: int) -> list[tuple[str, Document]]:
+        """Up to `count` readable documents that hold an image and text, evenly spread, with their keys."""
+        found = []
+        for name, source in sorted(self._reader.sources.items()):
+            for index in range(len(source.dataset)):
+                try:
+                    example = source.dataset[index]
+                except DataError:
+                    continue
+                if isinstance(example, Document) and {type(part) is str for part in example.parts} == {True, False}:
+                    found.append((f"{name}:{index}", example))
+        return found[:: max(1, len(found) // count)][:count]
 
     def __iter__(self) -> Iterator[Batch]:
         if self._plan is None:

@@ -11,6 +11,7 @@ used leaves no trace, and the state means the same for any number of ranks, work
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, cycle
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from cantata.core.errors import CantataError, ConfigError, RunError
 from cantata.core.samples import Sample
 from cantata.core.types import Batch, RowInfo
 from cantata.data.collate.packed import PackedCollator, Row
-from cantata.data.order import Order
+from cantata.data.order import BLOCK, Order
 from cantata.data.packing import Packer
 from cantata.data.reading import Drop, Reader, Source
 
@@ -87,7 +88,9 @@ class Streams(IterableDataset[Row | Failure]):
             self._num_streams,
             self._reader.sequence_length,
             self._window,
-            patience=sum(self._order.sizes),
+            # Every source comes up within a block, and each of its samples within two epochs, even if the good
+            # ones stand first in one and last in the next.
+            patience=2 * max(BLOCK, sum(self._order.sizes)),
         )
         if state is not None:
             packer.load(dict(state))
@@ -248,6 +251,7 @@ class Loader:
             generator=torch.Generator(),
             num_workers=int(has_worker),
             prefetch_factor=self._prefetch if has_worker else None,
+            worker_init_fn=_leave_signals_to_the_trainer,
         )
 
 
@@ -268,6 +272,12 @@ def sum_drops(counts: Any) -> dict[str, dict[str, int]]:
                 total.setdefault(source, {}).setdefault(reason, 0)
                 total[source][reason] += number
     return total
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    # A signal to the whole job asks the trainer to save and stop; it still needs its workers for that.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def unchanged(item: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Model families, one folder each, and the protocol by which they describe themselves."""

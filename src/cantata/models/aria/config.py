@@ -1,0 +1,112 @@
+"""Shapes and settings of Aria; each class is the schema of one YAML section."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cantata.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AriaVisionConfig:
+    """The vision tower: SigLIP's shape with positions for images of any size."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    """Pixels of the largest side; `image_size / patch_size` is the side of the grid of learned positions."""
+    patch_size: int
+    num_channels: int
+    layer_norm_eps: float
+    initializer_range: float
+
+    def __post_init__(self) -> None:
+        _check_divides(self, "vision", "num_attention_heads", "hidden_size")
+        _check_divides(self, "vision", "patch_size", "image_size")
+
+    @property
+    def grid(self) -> int:
+        """Side of the grid of learned positions."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patch_values(self) -> int:
+        """Values of a flattened patch."""
+        return self.num_channels * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class AriaProjectorConfig:
+    """The projector: learned queries that read an image's patches."""
+
+    patch_to_query: Mapping[int, int]
+    """Features made of an image, by the patches of its padded square: {1225: 128, 4900: 256} in Aria."""
+    initializer_range: float
+
+    def __post_init__(self) -> None:
+        if not self.patch_to_query:
+            raise ConfigError("model.projector.patch_to_query is empty; give at least one `patches: queries`")
+
+    @property
+    def num_queries(self) -> int:
+        return max(self.patch_to_query.values())
+
+
+@dataclass(frozen=True)
+class AriaMoEConfig:
+    """Every decoder layer's mixture of experts."""
+
+    num_experts: int
+    top_k: int
+    num_shared_experts: int
+    expert_intermediate_size: int
+    router_aux_loss_coef: float
+    """Weight of the Switch balance loss; 0 leaves it out of the loss."""
+    router_z_loss_coef: float
+    """Weight of the router z-loss; 0 leaves it out of the loss."""
+    expert_bias_update_rate: float
+    """Step of the loss-free balance bias; 0 builds the routers without one."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ConfigError(
+                f"model.text.moe.top_k is {self.top_k}; "
+                f"it must lie between 1 and num_experts ({self.num_experts})"
+            )
+
+
+@dataclass(frozen=True)
+class AriaTextConfig:
+    """The decoder: Llama's blocks with a mixture of experts in each."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    max_position_embeddings: int
+    """Longest context that an exported checkpoint claims; training does not read it."""
+    tie_word_embeddings: bool
+    initializer_range: float
+    bos_token_id: int
+    """This and the next two go into an exported `config.json`; training does not read them."""
+    eos_token_id: int
+    pad_token_id: int
+    moe: AriaMoEConfig
+
+    def __post_init__(self) -> None:
+        _check_divides(self, "text", "num_key_value_heads", "num_attention_heads")
+        if self.head_dim % 2:
+            raise ConfigError(f"model.text.head_dim is {self.head_dim}; rotary positions need an even number")
+
+
+def _check_divides(section: object, section_name: str, name: str, of_name: str) -> None:
+    value, of = getattr(section, name), getattr(section, of_name)
+    if value < 1 or of % value:
+        raise ConfigError(f"model.{section_name}.{name} is {value}; it must divide {of_name} ({of})")

@@ -1,0 +1,68 @@
+"""Aria's decoder: Llama's blocks with a mixture of experts in each."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from cantata.core.types import RouterStats
+from cantata.models.aria.config import AriaTextConfig
+from cantata.nn.attention import PackedAttention
+from cantata.nn.matmul import Linear
+from cantata.nn.mlp import SwiGLU
+from cantata.nn.moe.experts import Experts
+from cantata.nn.moe.layer import MoELayer
+from cantata.nn.moe.router import TopKRouter
+from cantata.nn.norm import RMSNorm
+from cantata.nn.rope import RotaryTables, rotate
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions, without biases."""
+
+    def __init__(self, config: AriaTextConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = Linear(q_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor, tables: RotaryTables, attend: PackedAttention) -> Tensor:
+        heads = (len(x_TD), -1, self.head_dim)
+        q, k, v = (proj(x_TD).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(attend(rotate(q, tables), rotate(k, tables), v).flatten(-2))
+
+
+class DecoderBlock(nn.Module):
+    """Attention, then the MoE layer, each behind an RMSNorm and with a residual."""
+
+    def __init__(self, config: AriaTextConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = build_moe_layer(config)
+
+    def forward(
+        self, x_TD: Tensor, tables: RotaryTables, modality_ids_T: Tensor, attend: PackedAttention
+    ) -> tuple[Tensor, RouterStats]:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), tables, attend)
+        y_TD, stats = self.mlp(self.post_attention_layernorm(x_TD), modality_ids_T)
+        return x_TD + y_TD, stats
+
+
+def build_moe_layer(config: AriaTextConfig) -> MoELayer:
+    moe, size = config.moe, config.hidden_size
+    router = TopKRouter(
+        size,
+        moe.num_experts,
+        moe.top_k,
+        aux_loss_coef=moe.router_aux_loss_coef,
+        z_loss_coef=moe.router_z_loss_coef,
+        use_expert_bias=moe.expert_bias_update_rate > 0,
+    )
+    experts = Experts(moe.num_experts, size, moe.expert_intermediate_size)
+    shared = SwiGLU(size, moe.num_shared_experts * moe.expert_intermediate_size)
+    return MoELayer(router, experts, shared)

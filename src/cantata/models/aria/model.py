@@ -1,0 +1,144 @@
+"""Aria: a mixture-of-experts language model that reads images (Li et al., 2024, arXiv:2410.05993)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cantata.core.types import Batch, Images, ModelOutput, RouterStats
+from cantata.models.aria.config import AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
+from cantata.models.aria.decoder import DecoderBlock
+from cantata.models.aria.hf import AriaLayout, read_hub_config
+from cantata.models.aria.projector import Projector
+from cantata.models.aria.vision import VisionTower
+from cantata.models.protocol import Unit
+from cantata.nn.attention import PackedAttention
+from cantata.nn.head import LanguageHead
+from cantata.nn.moe.layer import MoELayer
+from cantata.nn.rope import rotary_tables
+
+
+class Decoder(nn.Module):
+    """Holds the decoder's parts; `Aria.forward` runs them one by one."""
+
+    def __init__(self, config: AriaTextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_hidden_layers))
+
+
+class Aria(nn.Module):
+    """The whole model, from packed tokens and patches to the loss.
+
+    vision, projector, text: shapes and settings of the three parts.
+    image_token_id: the placeholder that image features replace.
+    weights: Hugging Face directory to start from, or null for random weights; the recipe reads it.
+    """
+
+    def __init__(
+        self,
+        vision: AriaVisionConfig,
+        projector: AriaProjectorConfig,
+        text: AriaTextConfig,
+        image_token_id: int,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.vision_config, self.projector_config, self.text_config = vision, projector, text
+        self.image_token_id = image_token_id
+        self.weights = weights
+        self.vision = VisionTower(vision)
+        heads = vision.num_attention_heads
+        self.projector = Projector(projector, vision.hidden_size, heads, text.hidden_size)
+        self.text = Decoder(text)
+        self.head = LanguageHead(
+            text.hidden_size, text.vocab_size, text.rms_norm_eps, tied=text.tie_word_embeddings
+        )
+
+    def forward(self, batch: Batch, *, with_logits: bool = False) -> ModelOutput:
+        """The loss of a packed micro-batch, and its logits (T, V) if asked."""
+        x_TD = self.text.embed_tokens(batch.input_ids_T)
+        features_QD = self.image_features(batch.images)
+        x_TD = x_TD.index_copy(0, batch.images.token_index_Q, features_QD.to(x_TD.dtype))
+        x_TD, router = self._decode(x_TD, batch)
+        tied_weight_VD = self.text.embed_tokens.weight if self.text_config.tie_word_embeddings else None
+        loss_sum, loss_N, logits_TV = self.head(
+            x_TD, batch.labels_T, batch.target_index_N, tied_weight_VD, with_logits
+        )
+        return ModelOutput(loss_sum, loss_N, router, logits_TV)
+
+    def image_features(self, images: Images) -> Tensor:
+        """What stands in for the images' placeholders, (Q, D)."""
+        features_QD: Tensor = self.projector(self.vision(images), images.patches, images.features)
+        return features_QD
+
+    def _decode(self, x_TD: Tensor, batch: Batch) -> tuple[Tensor, RouterStats]:
+        text = self.text_config
+        tables = rotary_tables(batch.position_ids_T, text.head_dim, text.rope_theta, x_TD.dtype)
+        attend = PackedAttention(batch.samples, causal=True)
+        layers = []
+        for layer in self.text.layers:
+            x_TD, stats = layer(x_TD, tables, batch.modality_ids_T, attend)
+            layers.append(stats)
+        return x_TD, RouterStats(*(torch.stack(values) for values in zip(*layers, strict=True)))
+
+    def units(self) -> Sequence[Unit]:
+        """What to shard, in forward's order.
+
+        What no unit holds belongs to the root: the frozen `post_layernorm`, and a tied embedding, which is
+        needed at both ends of forward.
+        """
+        tied = self.text_config.tie_word_embeddings
+        return [
+            *([] if tied else [Unit("text.embed_tokens", self.text.embed_tokens, False)]),
+            Unit("vision.embeddings", self.vision.embeddings, False),
+            *(Unit(f"vision.layers.{i}", layer, True) for i, layer in enumerate(self.vision.layers)),
+            Unit("projector", self.projector, False),
+            *(Unit(f"text.layers.{i}", layer, True) for i, layer in enumerate(self.text.layers)),
+            Unit("head", self.head, False),
+        ]
+
+    def moe_layers(self) -> Sequence[MoELayer]:
+        """The decoder's MoE layers, first to last."""
+        return [layer.mlp for layer in self.text.layers if isinstance(layer, DecoderBlock)]
+
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Fill with the initial value: norms 1, biases 0, the rest normal with the section's range."""
+        sections = {
+            "vision": self.vision_config.initializer_range,
+            "projector": self.projector_config.initializer_range,
+        }
+        std = sections.get(name.partition(".")[0], self.text_config.initializer_range)
+        with torch.no_grad():
+            if name.endswith(("bias", "expert_bias_E")):
+                tensor.zero_()
+            elif "norm" in name.split(".")[-2]:
+                tensor.fill_(1.0)
+            else:
+                tensor.normal_(0.0, std, generator=generator)
+
+    def flops_per_token(self, mean_sample_length: float) -> float:
+        """6 per active weight (2 forward, 4 backward), plus causal attention over half a sample."""
+        text, moe = self.text_config, self.text_config.moe
+        heads, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+        attention = text.hidden_size * (2 * heads + 2 * kv)
+        experts = 3 * text.hidden_size * moe.expert_intermediate_size * (moe.top_k + moe.num_shared_experts)
+        layer = attention + experts + text.hidden_size * moe.num_experts
+        weights = text.num_hidden_layers * layer + text.hidden_size * text.vocab_size
+        return 6.0 * weights + 6.0 * text.num_hidden_layers * heads * mean_sample_length
+
+    @property
+    def expert_bias_update_rate(self) -> float:
+        return self.text_config.moe.expert_bias_update_rate
+
+    def hub_layout(self) -> AriaLayout:
+        return AriaLayout(self.vision_config, self.projector_config, self.text_config, self.image_token_id)
+
+
+def aria_from_hub(directory: str | Path) -> Aria:
+    """Build the model that a Hugging Face directory describes; its weights are not read."""
+    vision, projector, text, image_token_id = read_hub_config(directory)
+    return Aria(vision, projector, text, image_token_id, weights=str(directory))

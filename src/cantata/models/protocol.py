@@ -1,0 +1,73 @@
+"""What a model must say of itself, so that plans and trainers need not know its family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from cantata.core.types import Batch, ModelOutput
+from cantata.nn.moe.layer import MoELayer
+
+
+class Unit(NamedTuple):
+    """A part that is sharded, recomputed and compiled as one."""
+
+    name: str
+    module: nn.Module
+    is_block: bool
+    """Repeated block: recomputed and compiled. Others (embeddings, head, projector) are only sharded."""
+
+
+class HubLayout(Protocol):
+    """The names of a family's published checkpoints, both ways."""
+
+    def to_hub(self, name: str) -> str:
+        """The hub's key of a native parameter."""
+        ...
+
+    def hub_shape(self, name: str, shape: torch.Size) -> torch.Size:
+        """The shape that the hub's tensor has, where a reshape is all that differs."""
+        ...
+
+    def hub_config(self) -> dict[str, object]:
+        """`config.json` as transformers reads it."""
+        ...
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A model that trains by next-token prediction on packed batches."""
+
+    def __call__(self, batch: Batch, *, with_logits: bool = False) -> ModelOutput: ...
+
+    def units(self) -> Sequence[Unit]:
+        """Every part that holds parameters, in the order in which forward runs them."""
+        ...
+
+    def moe_layers(self) -> Sequence[MoELayer]:
+        """The MoE layers, in the order of `RouterStats`' first axis."""
+        ...
+
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Fill a whole (unsharded) parameter or buffer with its initial values."""
+        ...
+
+    def flops_per_token(self, mean_sample_length: float) -> float:
+        """Forward and backward operations of one text token, active experts only."""
+        ...
+
+    def hub_layout(self) -> HubLayout: ...
+
+    @property
+    def expert_bias_update_rate(self) -> float:
+        """Step of the loss-free balance bias; 0 where the routers have none."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+Fill = Callable[[str, Tensor], None]
+"""Writes the value of a named, whole tensor."""

@@ -1,0 +1,101 @@
+"""Attention over packed sequences: each segment sees only itself.
+
+S  key tokens    G  key-value heads
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from cantata.core.types import Segments
+from cantata.nn.matmul import product_dtype
+
+
+class PackedAttention:
+    """Block-diagonal softmax attention for one layout of segments, scaled by `head_dim ** -0.5`.
+
+    Made once per forward and handed to every layer. Query segment i attends to key segment i, causally
+    if asked; tokens beyond the segments' total get zeros. Key-value heads may be fewer than query heads
+    (each serves `H / G` consecutive query heads).
+
+    CUDA in half precision runs the variable-length flash kernel; everything else runs SDPA segment by
+    segment, in one call where all segments are equally long.
+
+    Raises `ValueError` where queries and keys do not have the same number of segments.
+    """
+
+    def __init__(self, queries: Segments, keys: Segments | None = None, *, causal: bool) -> None:
+        self.queries = queries
+        self.keys = queries if keys is None else keys
+        self.causal = causal
+        self._offsets: tuple[Tensor, Tensor] | None = None
+        if len(self.queries.lengths) != len(self.keys.lengths):
+            raise ValueError(
+                f"{len(queries.lengths)} query segments but {len(self.keys.lengths)} key segments"
+            )
+
+    # A compiled block would be compiled again for every new layout of segments.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, q_THh: Tensor, k_SGh: Tensor, v_SGh: Tensor) -> Tensor:
+        """The attended values, shaped as the queries."""
+        q, k, v = q_THh[: self.queries.total], k_SGh[: self.keys.total], v_SGh[: self.keys.total]
+        if not q.numel():
+            out = q + (k.sum() + v.sum()) * 0
+        elif q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            out = self._varlen(q, k, v)
+        else:
+            out = self._sdpa(q, k, v)
+        padding = q_THh.shape[0] - out.shape[0]
+        return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
+
+    def _varlen(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._offsets is None:
+            self._offsets = (self.queries.offsets(q.device), self.keys.offsets(q.device))
+        repeats = q.shape[1] // k.shape[1]
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        lengths = (self.queries.max_length, self.keys.max_length)
+        out = varlen_attn(q, k, v, *self._offsets, *lengths, **_causal_argument(self.causal))
+        assert isinstance(out, Tensor)
+        return out
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dtype, wide = q.dtype, product_dtype(q)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        if len(set(self.queries.lengths)) == len(set(self.keys.lengths)) == 1:
+            count = len(self.queries.lengths)
+            out = self._one_call(_side_by_side(q, count), _side_by_side(k, count), _side_by_side(v, count))
+            return out.transpose(1, 2).flatten(0, 1).to(dtype)
+        queries, keys = list(self.queries.lengths), list(self.keys.lengths)
+        parts = zip(
+            torch.split(q.transpose(0, 1)[None], queries, dim=2),
+            torch.split(k.transpose(0, 1)[None], keys, dim=2),
+            torch.split(v.transpose(0, 1)[None], keys, dim=2),
+            strict=True,
+        )
+        out = torch.cat([self._one_call(*part) for part in parts], dim=2)
+        return out[0].transpose(0, 1).to(dtype)
+
+    def _one_call(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=gqa)
+
+
+def _side_by_side(x: Tensor, count: int) -> Tensor:
+    """Packed segments of one length as a batch: (count, heads, length, head_dim)."""
+    return x.view(count, -1, *x.shape[1:]).transpose(1, 2)
+
+
+@cache
+def _causal_argument(causal: bool) -> dict[str, Any]:
+    """How this torch's `varlen_attn` is told to be causal: by a flag in 2.11, by a window in 2.13."""
+    if "window_size" in inspect.signature(varlen_attn).parameters:
+        return {"window_size": (-1, 0 if causal else -1)}
+    return {"is_causal": causal}

@@ -1,0 +1,54 @@
+"""The end of a language model: final norm, output matrix and loss, for the rows that have a target."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cantata.nn.linear_cross_entropy import linear_cross_entropy
+from cantata.nn.matmul import linear
+from cantata.nn.norm import RMSNorm
+from cantata.nn.rows import take_rows
+
+
+class HeadOutput(NamedTuple):
+    """Loss of the rows with targets; logits of all rows if asked."""
+
+    loss_sum: Tensor
+    loss_N: Tensor
+    logits_TV: Tensor | None
+
+
+class LanguageHead(nn.Module):
+    """RMSNorm, then the output matrix, then cross entropy.
+
+    A tied head owns no matrix: it is handed the embedding's at each call.
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(self, hidden_size: int, vocab_size: int, eps: float, *, tied: bool) -> None:
+        super().__init__()
+        self.norm = RMSNorm(hidden_size, eps)
+        weight = None if tied else nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.register_parameter("weight", weight)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        labels_T: Tensor,
+        target_index_N: Tensor,
+        tied_weight_VD: Tensor | None,
+        with_logits: bool,
+    ) -> HeadOutput:
+        weight_VD = tied_weight_VD if self.weight is None else self.weight
+        assert weight_VD is not None
+        if with_logits:
+            x_TD = self.norm(x_TD)
+            rows_ND, logits_TV = take_rows(x_TD, target_index_N), linear(x_TD, weight_VD)
+        else:
+            rows_ND, logits_TV = self.norm(take_rows(x_TD, target_index_N)), None
+        loss_sum, loss_N = linear_cross_entropy(rows_ND, weight_VD, labels_T.index_select(0, target_index_N))
+        return HeadOutput(loss_sum, loss_N, logits_TV)

@@ -1,0 +1,88 @@
+"""The last linear layer and the cross entropy in one, so that logits exist only for a few rows at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cantata.nn.matmul import product_dtype
+
+_CHUNK_ELEMENTS = 2**24
+"""Logits that exist at a time, unless the weight is so large that a quarter of it is more."""
+_STRIP_ELEMENTS = 2**19
+"""Logits that are softmaxed in fp32 at a time on the CPU: what its cache holds."""
+
+
+def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of `x @ weight.T`: its fp32 sum over the rows, and each row's value (detached).
+
+    Gradients are made in the forward pass, chunk by chunk, while the logits are at hand; backward only
+    scales them. The softmax is fp32 and the weight's gradient is summed over chunks in fp32. A second
+    backward through the same result raises.
+    """
+    loss_sum, loss_N = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return loss_sum, loss_N
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, with_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        needs_x, needs_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
+        rows = max(1, max(_CHUNK_ELEMENTS, weight_VD.numel() // 4) // weight_VD.shape[0])
+        loss_N = x_ND.new_empty(x_ND.shape[0], dtype=torch.float32)
+        grad_x = torch.empty_like(x_ND) if needs_x else None
+        grad_weight: Tensor | None = None
+        wide = product_dtype(x_ND)
+        weight = weight_VD.to(wide)
+        for start in range(0, x_ND.shape[0], rows):
+            part = slice(start, start + rows)
+            x = x_ND[part].to(wide)
+            logits = x @ weight.t()
+            loss_N[part] = _softmax_minus_one_hot_(logits, labels_N[part])
+            if grad_x is not None:
+                grad_x[part] = logits @ weight
+            if needs_weight:
+                product = logits.t() @ x
+                if rows >= x_ND.shape[0]:
+                    grad_weight = product
+                else:
+                    grad_weight = product.float() if grad_weight is None else grad_weight.add_(product)
+        if needs_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight_VD)
+        ctx.grads = (grad_x, grad_weight)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(loss_N)
+        return loss_N.sum(), loss_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("linear_cross_entropy: backward ran twice through one result")
+        grad_x, grad_weight = ctx.grads
+        ctx.grads = None
+        if grad_x is not None:
+            grad_x = grad_x.mul_(grad)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad).to(ctx.weight_dtype)
+        return grad_x, grad_weight, None, None
+
+
+def _softmax_minus_one_hot_(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Turn logits into their cross entropy's gradient in place; returns each row's loss in fp32."""
+    rows = max(1, _STRIP_ELEMENTS // logits_NV.shape[1]) if logits_NV.device.type == "cpu" else len(logits_NV)
+    losses = []
+    for start in range(0, len(logits_NV), rows):
+        strip, labels = logits_NV[start : start + rows], labels_N[start : start + rows, None]
+        target = strip.gather(1, labels).squeeze(1).float()
+        highest = strip.amax(1).float()
+        probabilities = strip.softmax(1, dtype=torch.float32)
+        # The largest probability is at least 1 / V, so its logarithm is safe where the target's may not be.
+        losses.append(highest - probabilities.amax(1).log() - target)
+        strip.copy_(probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, -1.0)))
+    return torch.cat(losses)

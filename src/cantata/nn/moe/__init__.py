@@ -1,0 +1,1 @@
+"""Mixture of experts: router, dispatcher, experts, the layer of all three, and its balance."""

@@ -1,0 +1,228 @@
+"""`cantata verify HF_DIR`: the native model against transformers, on the same weights and inputs.
+
+R, W  rows and columns of an image's patches
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cantata.core.errors import CantataError, ConfigError
+from cantata.core.types import IGNORE_INDEX, IMAGE, TEXT, Batch, Images, Segments
+from cantata.models.aria.hf import AriaLayout
+from cantata.models.aria.model import Aria, aria_from_hub
+from cantata.models.aria.vision import patch_position_ids
+from cantata.models.hub import load_from_hub
+
+LOGITS_BOUND = 1e-5
+LOSS_BOUND = 1e-5
+GRADIENT_BOUND = 1e-4
+"""Largest errors allowed in fp32; a gradient's is relative to the largest value of its parameter's."""
+
+
+class Sample(NamedTuple):
+    """One sequence; all its images are padded to one square, as transformers wants them."""
+
+    input_ids: list[int]
+    side: int
+    """Patches along the padded square."""
+    images: list[Tensor]
+    """Normalised pixels of each image's valid patches, (R, W, C)."""
+
+
+class Check(NamedTuple):
+    """One compared quantity."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound
+
+
+def synthetic_samples(layout: AriaLayout, seed: int) -> list[Sample]:
+    """Per projector entry one sample with two images of different shapes, and one of text alone."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = [Sample(_tokens(layout, 9, generator), 0, [])]
+    for patches, features in layout.projector.patch_to_query.items():
+        side = math.isqrt(patches)
+        input_ids, images = _tokens(layout, 4, generator), []
+        for rows, columns in ((side, max(1, 2 * side // 3)), (max(1, side // 2), side)):
+            images.append(torch.randn(rows, columns, layout.vision.patch_values, generator=generator))
+            input_ids += [layout.image_token_id] * features + _tokens(layout, 5, generator)
+        samples.append(Sample(input_ids, side, images))
+    return samples
+
+
+def _tokens(layout: AriaLayout, count: int, generator: torch.Generator) -> list[int]:
+    # transformers gives the padding token's embedding no gradient, so no sample holds it.
+    special = (layout.image_token_id, layout.text.pad_token_id)
+    allowed = [i for i in range(layout.text.vocab_size) if i not in special]
+    picks: list[int] = torch.randint(len(allowed), (count,), generator=generator).tolist()
+    return [allowed[i] for i in picks]
+
+
+def pack(samples: Sequence[Sample], layout: AriaLayout, padding: int = 0) -> Batch:
+    """The samples as one native batch, with `padding` tokens at its end."""
+    ids = [torch.tensor(sample.input_ids, dtype=torch.int64) for sample in samples]
+    labels = [torch.cat((i[1:], i.new_tensor([IGNORE_INDEX]))) for i in ids]
+    tail = torch.full((padding,), layout.text.pad_token_id)
+    input_ids_T = torch.cat([*ids, tail])
+    labels_T = torch.cat([*labels, torch.full_like(tail, IGNORE_INDEX)])
+    labels_T[labels_T == layout.image_token_id] = IGNORE_INDEX
+    placeholder_T = input_ids_T == layout.image_token_id
+    modality_ids_T = torch.where(placeholder_T, IMAGE, TEXT)
+    modality_ids_T[len(input_ids_T) - padding :] = -1
+    target_index_N = (labels_T != IGNORE_INDEX).nonzero().flatten()
+    segments = Segments(tuple(len(i) for i in ids))
+    kinds = torch.tensor([IMAGE if sample.images else TEXT for sample in samples], dtype=torch.int64)
+    return Batch(
+        input_ids_T=input_ids_T,
+        labels_T=labels_T,
+        position_ids_T=torch.cat([*(torch.arange(len(i)) for i in ids), torch.zeros_like(tail)]),
+        modality_ids_T=modality_ids_T,
+        target_index_N=target_index_N,
+        target_modality_N=kinds[segments.ids()[target_index_N]],
+        samples=segments,
+        images=_pack_images(samples, layout, placeholder_T.nonzero().flatten()),
+    )
+
+
+def _pack_images(samples: Sequence[Sample], layout: AriaLayout, token_index_Q: Tensor) -> Images:
+    images = [(sample.side, image) for sample in samples for image in sample.images]
+    features = [layout.projector.patch_to_query[side**2] for side, _ in images]
+    grid, no_patches = layout.vision.grid, torch.zeros(0, layout.vision.patch_values)
+    positions = [patch_position_ids(image.shape[0], image.shape[1], grid) for _, image in images]
+    return Images(
+        patches_PC=torch.cat([no_patches, *(image.flatten(0, 1) for _, image in images)]),
+        position_ids_P=torch.cat([torch.zeros(0, dtype=torch.int64), *positions]),
+        patches=Segments(tuple(len(ids) for ids in positions)),
+        features=Segments(tuple(features)),
+        token_index_Q=token_index_Q,
+    )
+
+
+def transformers_inputs(sample: Sample, layout: AriaLayout) -> dict[str, Tensor]:
+    """The sample as `AriaForConditionalGeneration` takes it."""
+    input_ids = torch.tensor([sample.input_ids])
+    labels = input_ids.masked_fill(input_ids == layout.image_token_id, IGNORE_INDEX)
+    inputs = {"input_ids": input_ids, "labels": labels}
+    if sample.images:
+        channels, size = layout.vision.num_channels, layout.vision.patch_size
+        pixels = torch.zeros(len(sample.images), channels, sample.side * size, sample.side * size)
+        mask = torch.zeros(len(sample.images), sample.side * size, sample.side * size, dtype=torch.bool)
+        for i, image in enumerate(sample.images):
+            rows, columns = image.shape[0] * size, image.shape[1] * size
+            blocks = image.view(*image.shape[:2], channels, size, size).permute(2, 0, 3, 1, 4)
+            pixels[i, :, :rows, :columns] = blocks.reshape(channels, rows, columns)
+            mask[i, :rows, :columns] = True
+        inputs |= {"pixel_values": pixels, "pixel_mask": mask}
+    return inputs
+
+
+def run_transformers(model: Any, samples: Sequence[Sample], layout: AriaLayout) -> tuple[Tensor, Tensor]:
+    """Mean loss over all targets, its gradients left on the model, and the logits, sample after sample."""
+    results = []
+    for sample in samples:
+        inputs = transformers_inputs(sample, layout)
+        targets = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+        output = model(**inputs, use_cache=False)
+        results.append((output.loss * targets, targets, output.logits[0].detach()))
+    losses, counts, logits = zip(*results, strict=True)
+    loss = torch.stack(losses).sum() / sum(counts)
+    loss.backward()
+    return loss.detach(), torch.cat(logits)
+
+
+def run_native(model: Aria, samples: Sequence[Sample], layout: AriaLayout) -> tuple[Tensor, Tensor]:
+    """The same of the native model, from one packed batch with a padding tail."""
+    batch = pack(samples, layout, padding=3)
+    output = model(batch, with_logits=True)
+    loss = output.loss_sum / batch.num_targets
+    loss.backward()
+    assert output.logits_TV is not None
+    return loss.detach(), output.logits_TV.detach()[: batch.num_tokens]
+
+
+def transformers_name(hub_key: str) -> str:
+    """The name that a hub key has in transformers' model in memory."""
+    name = hub_key.replace("experts.fc1.weight", "experts.gate_up_proj")
+    name = name.replace("experts.fc2.weight", "experts.down_proj")
+    if name.startswith("language_model.lm_head."):
+        return name.removeprefix("language_model.")
+    return "model." + name.replace("language_model.model.", "language_model.", 1)
+
+
+def relative_error(value: Tensor, reference: Tensor, scale_of: Tensor) -> float:
+    """Largest difference over the largest absolute value of `scale_of`."""
+    scale = float(scale_of.abs().max())
+    difference = float((value - reference).abs().max())
+    return difference / scale if scale else difference
+
+
+def compare(native: Aria, reference: Any, layout: AriaLayout, seed: int) -> Iterator[Check]:
+    """Loss, logits and every parameter's gradient on synthetic samples; both models in fp32."""
+    samples = synthetic_samples(layout, seed)
+    loss, logits = run_native(native, samples, layout)
+    reference_loss, reference_logits = run_transformers(reference, samples, layout)
+    yield Check("logits", relative_error(logits, reference_logits, reference_logits), LOGITS_BOUND)
+    yield Check("loss", relative_error(loss, reference_loss, reference_loss), LOSS_BOUND)
+    gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    for name, parameter in native.named_parameters():
+        key = transformers_name(layout.to_hub(name))
+        expected = gradients[key]
+        if expected is None and parameter.grad is None:
+            continue
+        zero = torch.zeros_like(parameter)
+        gradient = zero if parameter.grad is None else parameter.grad
+        expected = zero if expected is None else expected.reshape(parameter.shape)
+        # A key bias moves all scores of a query alike: its true gradient is 0, so the query bias's is the scale.
+        scale_of = gradients[key.replace("k_proj.bias", "q_proj.bias")]
+        error = relative_error(gradient, expected, scale_of if key.endswith("k_proj.bias") else expected)
+        yield Check(f"gradient of {name}", error, GRADIENT_BOUND)
+
+
+def verify(directory: Path, write: Callable[[str], None]) -> bool:
+    """Compare on the weights of `directory`, reporting line by line; whether all bounds hold."""
+    native = aria_from_hub(directory)
+    layout = native.hub_layout()
+    load_from_hub(native, layout, directory)
+    checks = list(compare(native, _transformers_model(directory), layout, seed=0))
+    gradients = sorted(checks[2:], key=lambda check: check.error, reverse=True)
+    write(f"{'':44} {'max rel. error':>14} {'bound':>8}")
+    for check in [*checks[:2], *gradients[:5]]:
+        write(f"{check.name:44} {check.error:14.2e} {check.bound:8.0e} {'' if check.passed else ' FAILED'}")
+    failed = sum(not check.passed for check in checks)
+    verdict = f"{failed} of {len(checks)} checks failed" if failed else "equal to transformers"
+    write(f"{len(gradients)} gradients compared; {verdict}")
+    return not failed
+
+
+def _transformers_model(directory: Path) -> Any:
+    try:
+        from transformers import AriaForConditionalGeneration
+    except ImportError as error:
+        raise ConfigError("cantata verify compares with transformers, which is not installed here") from error
+    model, report = AriaForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
+    lost = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
+    if lost:
+        raise CantataError(f"{directory}: transformers does not find its own keys: {', '.join(lost[:10])}")
+    return model
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command: 0 if native and transformers agree, 1 if not."""
+    parser = argparse.ArgumentParser(prog="cantata verify", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("directory", metavar="HF_DIR", type=Path, help="a Hugging Face model directory")
+    return 0 if verify(parser.parse_args(arguments).directory, print) else 1

@@ -1,0 +1,200 @@
+"""Aria as one: packing, padding, images, initial values, what it says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from cantata.core.types import ModelOutput
+from cantata.models.aria import Aria
+from cantata.models.protocol import LanguageModel
+from cantata.tools.verify import Sample, pack, synthetic_samples
+from tests.models.aria.small import small_aria, small_layout
+
+LAYOUT = small_layout(moe={"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01})
+
+
+def run(model: Aria, samples: list[Sample], padding: int = 0) -> tuple[ModelOutput, dict[str, Tensor]]:
+    """One packed batch: its output, and the gradients of its loss sum."""
+    model.zero_grad()
+    output = model(pack(samples, LAYOUT, padding), with_logits=True)
+    output.loss_sum.backward()
+    return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """1e-6 of the largest value: sums run in another order."""
+    found, expected = found.detach(), expected.detach()
+    scale = max(1e-3, float(expected.abs().max()))
+    assert float((found - expected).abs().max()) <= 1e-6 * scale
+
+
+def test_packed_equals_separate() -> None:
+    model = small_aria(LAYOUT)
+    samples = [*synthetic_samples(LAYOUT, 0), *synthetic_samples(LAYOUT, 1)]
+    packed, gradients = run(model, samples)
+    parts = [run(model, [sample]) for sample in samples]
+    assert packed.logits_TV is not None
+    assert_same(packed.logits_TV, torch.cat([output.logits_TV for output, _ in parts]))
+    assert_same(packed.loss_N, torch.cat([output.loss_N for output, _ in parts]))
+    assert_same(packed.loss_sum, sum(output.loss_sum for output, _ in parts))
+    counts = sum(output.router.tokens_per_expert_ME for output, _ in parts)
+    assert torch.equal(packed.router.tokens_per_expert_ME, counts)
+    for name, gradient in gradients.items():
+        separate = sum(grads[name] for _, grads in parts if name in grads)
+        scale = gradients[name.replace("k_proj.bias", "q_proj.bias")].abs().max()
+        # Sums over all samples, each rounded alone: a few units in the last place of fp32.
+        assert float((gradient - separate).abs().max() / scale) < 2e-6, name
+
+
+def test_order_and_company_do_not_matter() -> None:
+    model, samples = small_aria(LAYOUT), synthetic_samples(LAYOUT, 0)
+    forward, _ = run(model, samples)
+    backward, _ = run(model, samples[::-1])
+    pieces = backward.logits_TV.split([len(sample.input_ids) for sample in samples[::-1]])
+    assert_same(torch.cat(pieces[::-1]), forward.logits_TV)
+
+
+@pytest.mark.parametrize("padding", [1, 40])
+def test_padded_equals_alone(padding: int) -> None:
+    model, samples = small_aria(LAYOUT), synthetic_samples(LAYOUT, 0)
+    alone, gradients = run(model, samples)
+    padded, padded_gradients = run(model, samples, padding)
+    assert_same(padded.logits_TV[:-padding], alone.logits_TV)
+    assert_same(padded.loss_sum, alone.loss_sum)
+    for name in ("loss", "aux_loss", "z_loss"):
+        assert_same(getattr(padded.router, name), getattr(alone.router, name))
+    assert torch.equal(padded.router.tokens_per_expert_ME, alone.router.tokens_per_expert_ME)
+    for name, gradient in gradients.items():
+        assert_same(padded_gradients[name], gradient)
+
+
+def test_padding_never_reaches_the_router_losses() -> None:
+    model, samples = small_aria(LAYOUT), synthetic_samples(LAYOUT, 0)
+    gradients = []
+    for padding in (0, 9):
+        loss = model(pack(samples, LAYOUT, padding)).router.loss.sum()
+        gradients.append(torch.autograd.grad(loss, model.text.embed_tokens.weight)[0])
+    assert_same(*gradients)
+
+
+def test_a_batch_without_images_still_trains_the_tower_by_zero() -> None:
+    model = small_aria(LAYOUT)
+    _, gradients = run(model, synthetic_samples(LAYOUT, 0)[:1], padding=3)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        assert name in gradients, name
+        if name.startswith(("vision.", "projector.")):
+            assert gradients[name].count_nonzero() == 0, name
+
+
+def test_nothing_but_padding_runs() -> None:
+    model = small_aria(LAYOUT)
+    empty = Sample([], 0, [])
+    output, gradients = run(model, [empty], padding=4)
+    assert output.loss_sum.item() == 0
+    assert all(gradient.count_nonzero() == 0 for gradient in gradients.values())
+
+
+def test_features_follow_their_image() -> None:
+    """Changing one image changes only the features, and the later tokens, of its own sample."""
+    model, samples = small_aria(LAYOUT), synthetic_samples(LAYOUT, 0)
+    before = model(pack(samples, LAYOUT), with_logits=True).logits_TV
+    changed = samples[1]._replace(images=[samples[1].images[0], samples[1].images[1] + 1])
+    after = model(pack([samples[0], changed, samples[2]], LAYOUT), with_logits=True).logits_TV
+    first, last = len(samples[0].input_ids), len(samples[0].input_ids) + len(samples[1].input_ids)
+    placeholders = [i for i, token in enumerate(samples[1].input_ids) if token == LAYOUT.image_token_id]
+    second_image = first + placeholders[len(placeholders) // 2]
+    moved = (before != after).any(-1)
+    assert not moved[:second_image].any()
+    assert moved[second_image:last].all()
+    assert not moved[last:].any()
+
+
+def test_bytes_equal_normalised_floats() -> None:
+    model = small_aria(LAYOUT)
+    batch = pack(synthetic_samples(LAYOUT, 0), LAYOUT)
+    pixels = torch.randint(256, batch.images.patches_PC.shape, dtype=torch.uint8)
+    outputs = []
+    for patches in (pixels, (pixels.float() / 255 - 0.5) / 0.5):
+        outputs.append(model(replace(batch, images=replace(batch.images, patches_PC=patches))).loss_N)
+    assert_same(*outputs)
+
+
+def test_without_logits_the_loss_is_the_same() -> None:
+    model, batch = small_aria(LAYOUT), pack(synthetic_samples(LAYOUT, 0), LAYOUT, 5)
+    with_logits, without = model(batch, with_logits=True), model(batch)
+    assert without.logits_TV is None
+    assert_same(without.loss_N, with_logits.loss_N)
+
+
+def test_bf16_is_near_fp32() -> None:
+    model, batch = small_aria(LAYOUT, perturb=False), pack(synthetic_samples(LAYOUT, 0), LAYOUT, 5)
+    exact = model(batch).loss_sum
+    rounded = model.bfloat16()(batch)
+    rounded.loss_sum.backward()
+    assert rounded.loss_sum.dtype == torch.float32
+    torch.testing.assert_close(rounded.loss_sum, exact, rtol=0.03, atol=0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in trained)
+    assert all(p.grad.isfinite().all() for p in trained)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_units_hold_every_trained_parameter_once(tied: bool) -> None:
+    model = small_aria(small_layout(tie_word_embeddings=tied))
+    assert isinstance(model, LanguageModel)
+    held = [f"{unit.name}.{name}" for unit in model.units() for name, _ in unit.module.named_parameters()]
+    assert len(held) == len(set(held))
+    root = {"vision.post_layernorm.weight", "vision.post_layernorm.bias"} | (
+        {"text.embed_tokens.weight"} if tied else set()
+    )
+    assert set(held) | root == {name for name, _ in model.named_parameters()}
+    assert [unit.name for unit in model.units() if unit.is_block] == [
+        f"{part}.layers.{i}" for part in ("vision", "text") for i in range(2)
+    ]
+    assert all(model.get_submodule(unit.name) is unit.module for unit in model.units())
+
+
+def test_moe_layers_are_in_the_order_of_the_stats() -> None:
+    model = small_aria(LAYOUT)
+    assert [layer is block.mlp for layer, block in zip(model.moe_layers(), model.text.layers, strict=True)]
+    with torch.no_grad():
+        model.moe_layers()[1].router.weight.zero_()
+    router = model(pack(synthetic_samples(LAYOUT, 0), LAYOUT)).router
+    assert router.tokens_per_expert_ME.shape == (2, 3, 4)
+    assert router.aux_loss[1].item() == pytest.approx(1.0)
+    assert router.aux_loss[0].item() != pytest.approx(1.0)
+
+
+def test_meta_build_and_initial_values() -> None:
+    layout = small_layout(moe={"expert_bias_update_rate": 0.01}, hidden_size=64, vocab_size=512)
+    with torch.device("meta"):
+        meta = Aria(*layout)
+    assert all(p.is_meta for p in meta.parameters())
+    model, again = (small_aria(layout, perturb=False) for _ in range(2))
+    assert {n: p.shape for n, p in meta.named_parameters()} == {
+        n: p.shape for n, p in model.named_parameters()
+    }
+    for (name, tensor), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+        if name.endswith(("bias", "expert_bias_E")):
+            assert tensor.count_nonzero() == 0, name
+        elif "norm" in name:
+            assert torch.equal(tensor, torch.ones_like(tensor)), name
+        else:
+            assert float(tensor.std()) == pytest.approx(0.2, rel=0.15), name
+            assert abs(float(tensor.mean())) < 0.05, name
+
+
+def test_flops_count_every_product() -> None:
+    layout = small_layout()
+    text, moe = layout.text, layout.text.moe
+    per_layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 24 * (moe.top_k + moe.num_shared_experts) + 32 * 4
+    expected = 6 * (2 * per_layer + 32 * 64) + 6 * 2 * 32 * 10.0
+    assert Aria(*layout).flops_per_token(10.0) == expected
+    assert text.num_hidden_layers == 2

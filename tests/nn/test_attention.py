@@ -1,0 +1,84 @@
+"""Packed attention against a dense mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cantata.core.types import Segments
+from cantata.nn.attention import PackedAttention
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool) -> Tensor:
+    """The slow twin: all scores, then a mask."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    scores = torch.einsum("thd,shd->hts", q[: queries.total], k[: keys.total]) * q.shape[-1] ** -0.5
+    allowed = queries.ids()[:, None] == keys.ids()[None]
+    if causal:
+        allowed &= torch.arange(queries.total)[:, None] >= torch.arange(keys.total)[None]
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    out = torch.zeros_like(q)
+    out[: queries.total] = torch.einsum("hts,shd->thd", weights, v[: keys.total])
+    return out
+
+
+CASES = {
+    "ragged": ((3, 1, 7, 2), (3, 1, 7, 2), True),
+    "equal": ((4, 4, 4), (4, 4, 4), True),
+    "one": ((9,), (9,), True),
+    "bidirectional": ((5, 2, 6), (5, 2, 6), False),
+    "cross": ((2, 3, 2), (7, 1, 4), False),
+    "cross-equal-queries": ((2, 2), (7, 4), False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_equals_a_dense_mask(case: str, kv_heads: int, padding: int) -> None:
+    query_lengths, key_lengths, causal = CASES[case]
+    queries, keys = Segments(query_lengths), Segments(key_lengths)
+    torch.manual_seed(0)
+    q, grad = torch.randn(2, queries.total + padding, 4, 8)
+    k, v = torch.randn(2, keys.total + padding, kv_heads, 8)
+    results = []
+    for attend in (
+        PackedAttention(queries, keys, causal=causal),
+        lambda *x: dense(*x, queries, keys, causal),
+    ):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves)
+        out.backward(grad)
+        results.append([out.detach(), *(x.grad for x in leaves)])
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-6, atol=2e-6)
+    assert not padding or results[0][0][-padding:].count_nonzero() == 0
+
+
+def test_no_segments_give_zero_gradients() -> None:
+    attend = PackedAttention(Segments(()), causal=False)
+    leaves = [torch.randn(n, heads, 8, requires_grad=True) for n, heads in ((0, 4), (0, 2), (0, 2))]
+    attend(*leaves).sum().backward()
+    assert all(x.grad is not None for x in leaves)
+    padded = [torch.randn(3, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    out = attend(*padded)
+    out.sum().backward()
+    assert out.count_nonzero() == 0
+    assert all(x.grad is not None and x.grad.count_nonzero() == 0 for x in padded)
+
+
+def test_half_precision_is_close_to_fp32() -> None:
+    segments = Segments((5, 9, 9))
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, segments.total, 4, 8)
+    attend = PackedAttention(segments, causal=True)
+    out = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), attend(q, k, v), rtol=0.03, atol=0.03)
+
+
+def test_unequal_numbers_of_segments_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 query segments but 2 key segments"):
+        PackedAttention(Segments((3,)), Segments((1, 2)), causal=False)

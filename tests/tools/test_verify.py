@@ -1,0 +1,59 @@
+"""`cantata verify`: its verdict, its table and its exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cantata.core.errors import ConfigError
+from cantata.models.hub import save_to_hub
+from cantata.tools import verify
+from tests.models.aria.small import small_aria, small_layout
+
+LAYOUT = small_layout()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    save_to_hub(small_aria(LAYOUT), LAYOUT, tmp_path / "hub", 10**9)
+    return tmp_path / "hub"
+
+
+def test_a_good_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    assert verify.main([str(checkpoint)]) == 0
+    out = capsys.readouterr().out
+    assert "logits" in out
+    assert "equal to transformers" in out
+    assert "FAILED" not in out
+
+
+def test_a_difference_fails(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    original = verify.run_native
+
+    def wrong(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, logits = original(*arguments)
+        return loss, logits + 0.01
+
+    monkeypatch.setattr(verify, "run_native", wrong)
+    assert verify.main([str(checkpoint)]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED" in out
+    assert "1 of " in out
+
+
+def test_a_bad_directory_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        verify.main([str(tmp_path)])
+    assert ConfigError.exit_code == 2
+
+
+def test_without_transformers_it_says_so(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(ConfigError, match="transformers, which is not installed"):
+        verify.main([str(checkpoint)])
