@@ -1,0 +1,1 @@
+"""Plans: how a model spreads over devices."""

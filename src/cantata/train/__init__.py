@@ -1,0 +1,1 @@
+"""The one loop, its engines, objectives, optimizers, checkpoints and metrics."""

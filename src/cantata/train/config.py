@@ -1,0 +1,41 @@
+"""The keys under `train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cantata.core.errors import ConfigError
+from cantata.parallel.recompute import Recompute
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at a time, and how often the user hears of it."""
+
+    max_steps: int
+    """Optimizer steps of the whole run."""
+    micro_batch_size: int
+    """Packed rows that a rank runs through the model at once."""
+    gradient_accumulation_steps: int
+    """Micro-batches of a rank that make one optimizer step."""
+    sequence_length: int
+    """Tokens of a packed row; a longer sample is dropped or an error, as its source says."""
+    clip_grad_norm: float | None
+    """Largest global gradient norm; null leaves gradients as they are."""
+    log_every: int
+    """Steps between two lines of `metrics.jsonl`."""
+    eval_every: int
+    """Steps between two evaluations on the held-out samples; 0 never evaluates, else the start and the end do too."""
+    recompute: Recompute
+    """Activations that backward computes again: `none`, `selective` (keeps matrix products) or `full`."""
+    compile: bool
+    """Compile each block with `torch.compile`."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_steps", "micro_batch_size", "gradient_accumulation_steps", "sequence_length", "log_every"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"train.{key}={getattr(self, key)} must be at least 1")
+        if self.eval_every < 0:
+            raise ConfigError(f"train.eval_every={self.eval_every} must be 0 (never) or a number of steps")
+        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
+            raise ConfigError(f"train.clip_grad_norm={self.clip_grad_norm} must be above 0, or null for no clipping")

@@ -1,0 +1,231 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3 under the same loop, optimizer and checkpoints as FSDP2.
+
+| stage | shared among the ranks                    |
+|-------|-------------------------------------------|
+| 0     | nothing: gradients are summed             |
+| 1     | fp32 masters and optimizer states         |
+| 2     | ... and gradients                         |
+| 3     | ... and weights, gathered as they are used |
+
+ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from cantata.core.errors import ConfigError
+from cantata.core.types import Batch, StepTotals
+from cantata.models.protocol import Unit
+from cantata.parallel.materialize import RandomInit, Source
+from cantata.parallel.plan import Divisible, apply_plan
+from cantata.parallel.recompute import Recompute
+from cantata.train.deepspeed_setup import allocate, gather_whole_blocks, import_deepspeed, quiet, settings
+from cantata.train.deepspeed_state import WholeState
+from cantata.train.deepspeed_zero import (
+    PartitionedStates,
+    PartitionedStatesBF16,
+    PartitionedWeights,
+    Replicated,
+    Stage,
+)
+from cantata.train.engine import Objective
+from cantata.train.optim import (
+    OptimizerPartial,
+    ParameterRule,
+    describe_groups,
+    optimizer_defaults,
+    parameter_groups,
+)
+from cantata.train.options import Offload, Precision, choice
+
+_DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
+
+
+class DeepSpeedEngine:
+    """Builds a model from the meta device under ZeRO, fills it and trains it.
+
+    Gradients are summed over ranks and micro-batches in fp32. In bf16 the optimizer updates fp32
+    masters, which are what checkpoints hold; initial values go into the masters unrounded, so a run
+    starts where FSDP2 starts.
+
+    Args:
+        model: on the meta device, following `models.protocol.LanguageModel`.
+        mesh: (dp_replicate, dp_shard), from `parallel.mesh.build_mesh`.
+        source: where initial values come from: `RandomInit` or a published checkpoint.
+        optimizer: an optimizer of the Adam family, missing only its parameter groups.
+        parameters: rates, decay and freezing by name pattern.
+        device: of this rank.
+        precision: what forward and backward compute in.
+        offload: `none`, `optimizer` (stages 1 to 3) or `parameters` (stage 3; the optimizer goes along).
+        zero_stage: 0 to 3.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed, an unsupported option or combination, or parameter
+            rules that do not fit the model.
+    """
+
+    model: nn.Module
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        source: Source,
+        optimizer: OptimizerPartial,
+        parameters: Mapping[str, ParameterRule],
+        recompute: Recompute,
+        compile: bool,
+        device: torch.device,
+        precision: Precision | str,
+        offload: Offload | str,
+        zero_stage: int,
+    ) -> None:
+        precision = choice(Precision, precision, "engine.precision")
+        offload = choice(Offload, offload, "engine.offload")
+        validate(mesh, offload, zero_stage, compile)
+        if not isinstance(model, Divisible):
+            raise TypeError(f"{type(model).__name__} lacks units; see cantata.models.protocol")
+        units = model.units()
+        library = import_deepspeed(device)
+        groups = parameter_groups(model, parameters, *optimizer_defaults(optimizer))
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.model = model
+        self.summary = describe_groups(groups, model)
+        self.settings = f"deepspeed, ZeRO {zero_stage}, {precision.value}, offload {offload.value}"
+
+        derived = RandomInit(model, seed=0)
+        config = settings(zero_stage, precision, offload, device)
+        apply_plan(model, device_type=mesh.device_type, recompute=recompute, compile=compile, sharding=None)
+        if zero_stage == 3:
+            gather_whole_blocks(library, units)
+        made = _build(library, model, units if zero_stage == 3 else [], config, _DTYPES[precision], device)
+        masters = _masters(model) if zero_stage == 0 else {}
+        for group in groups:
+            parts = [made[parameter] for parameter in group["params"]]
+            group["params"] = [masters.get(parameter, parameter) for parameter in parts]
+        self._optimizer = optimizer(groups)
+        named = dict(model.named_parameters())
+        with quiet():
+            self._engine, *_ = library.initialize(model=model, optimizer=self._optimizer, config=config)
+        self._stage = _stage(self._engine, zero_stage, named, masters)
+        self._state = WholeState(self._stage, self._optimizer, model, shapes, device)
+        self._state.fill(source, derived)
+        # Stage 3 can only average over ranks; the loss makes up for it, exactly where this is a power of two.
+        self._loss_scale = float(mesh.size()) if zero_stage == 3 else 1.0
+
+    def forward_backward(
+        self, batch: Batch, objective: Objective, totals: StepTotals, *, last: bool
+    ) -> dict[str, Tensor]:
+        """See `Engine`."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss = objective(self._engine, batch, totals)
+        self._engine.backward(loss.value * self._loss_scale, scale_wrt_gas=False)
+        if last:
+            self._stage.reduce()
+        return loss.sums
+
+    def gradient_norm(self, max_norm: float | None) -> float:
+        """Global L2 norm of the summed gradients; inf where a gradient is not finite.
+
+        Clipping to `max_norm` happens at once in stage 0, and inside `step` in the others.
+        """
+        norm = self._stage.norm()
+        self._stage.clip(norm, max_norm)
+        return norm
+
+    def step(self, learning_rate_factor: float) -> None:
+        """Update with each group's base rate times the factor, then clear gradients."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["base_lr"] * learning_rate_factor
+        self._stage.step()
+
+    def skip(self) -> None:
+        """Clear gradients without an update."""
+        self._stage.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whole tensors in host memory, each on one rank alone; a collective. See `deepspeed_state`."""
+        return dict(self._state.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the tensors of `state_dict` back; a collective. Raises `RunError` where one is missing."""
+        self._state.load_state_dict(state)
+
+
+def validate(mesh: DeviceMesh, offload: Offload, zero_stage: int, compile: bool) -> None:
+    """Raise `ConfigError`, naming the option, for what the DeepSpeed engine cannot do."""
+    if zero_stage not in range(4):
+        raise ConfigError(f"engine.zero_stage={zero_stage} must be 0, 1, 2 or 3")
+    if offload is Offload.parameters and zero_stage != 3:
+        raise ConfigError(
+            f"engine.offload=parameters needs engine.zero_stage=3 (it is {zero_stage}), where parameters are "
+            "sharded; set engine.offload=optimizer or engine.zero_stage=3"
+        )
+    if offload is Offload.optimizer and zero_stage == 0:
+        raise ConfigError(
+            "engine.offload=optimizer needs engine.zero_stage=1, 2 or 3: stage 0 shards no optimizer state"
+        )
+    if mesh["dp_replicate"].size() != 1:
+        raise ConfigError(
+            f"mesh.dp_replicate={mesh['dp_replicate'].size()} is not offered by deepspeed, which shards over "
+            "every rank; set mesh.dp_replicate=1 or engine=fsdp2"
+        )
+    if compile and zero_stage == 3:
+        raise ConfigError(
+            "train.compile=true is not offered with engine.zero_stage=3, whose hooks inside the blocks break "
+            "every graph; set train.compile=false, engine.zero_stage=2 or engine=fsdp2"
+        )
+
+
+def _build(
+    library: Any,
+    model: nn.Module,
+    partitioned: Sequence[Unit],
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[nn.Parameter, nn.Parameter]:
+    """Give the model storage, at stage 3 one unit at a time, each partitioned before the next is made.
+
+    Returns the parameter that took the place of each one on the meta device.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in [*(unit.module for unit in partitioned), model]:
+        allocate(module, dtype, device, made)
+        if partitioned:
+            with quiet():
+                library.zero.Init(module=module, config_dict_or_path=config)
+    return made
+
+
+def _masters(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """The fp32 tensor behind each trained parameter: the parameter itself where it is fp32 already."""
+    return {
+        parameter: parameter
+        if parameter.dtype == torch.float32
+        else torch.zeros_like(parameter, dtype=torch.float32, requires_grad=True)
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    }
+
+
+def _stage(
+    engine: Any,
+    zero_stage: int,
+    parameters: Mapping[str, nn.Parameter],
+    masters: Mapping[nn.Parameter, Tensor],
+) -> Stage:
+    if zero_stage == 0:
+        return Replicated(engine, parameters, masters)
+    if zero_stage == 3:
+        return PartitionedWeights(engine, parameters)
+    if hasattr(engine.optimizer, "fp32_groups_flat_partition"):
+        return PartitionedStatesBF16(engine, parameters)
+    return PartitionedStates(engine, parameters)

@@ -1,0 +1,92 @@
+"""Gathers what the start-up report and the closing line say, from the parts that know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cantata.core import dist
+from cantata.data.held_out import HeldOut
+from cantata.data.loader import Loader
+from cantata.models.protocol import LanguageModel
+from cantata.parallel.mesh import validate
+from cantata.train.engine import Engine
+from cantata.train.evaluate import Evaluation
+from cantata.train.flops import device_name
+from cantata.train.listeners import Telemetry
+from cantata.train.progress import Summary
+from cantata.train.stage import LanguageStage
+from cantata.train.startup import Experts, GroupRow, SourceRow, StartupReport
+
+
+def experts(model: LanguageModel) -> Experts | None:
+    """What the model holds and what one token uses; call it before an engine partitions the parameters."""
+    layers = model.moe_layers()
+    if not layers:
+        return None
+    routed = sum(parameter.numel() for layer in layers for parameter in layer.experts.parameters())
+    total = sum(parameter.numel() for _, parameter in model.named_parameters())
+    num_experts, top_k = layers[0].router.num_experts, layers[0].router.top_k
+    return Experts(len(layers), num_experts, top_k, total, total - routed + routed * top_k // num_experts)
+
+
+def report(
+    stage: LanguageStage,
+    kind: str,
+    model: LanguageModel,
+    engine: Engine,
+    experts: Experts | None,
+    loader: Loader,
+    held_out: HeldOut,
+    start_step: int,
+    notes: Sequence[str],
+) -> StartupReport:
+    """What this run is about to do."""
+    train = stage.train
+    tokens = train.micro_batch_size * train.sequence_length * train.gradient_accumulation_steps * dist.world_size()
+    return StartupReport(
+        stage=kind,
+        name=stage.name,
+        out=stage.out,
+        origin=origin(stage, start_step),
+        engine=engine.settings,
+        mesh=validate(stage.mesh, dist.world_size())._asdict(),
+        world_size=dist.world_size(),
+        device=device_name(dist.device()),
+        versions=f"torch {torch.__version__}",
+        groups=[GroupRow(row.name, row.parameters, row.learning_rate, row.weight_decay) for row in engine.summary],
+        experts=experts,
+        sources=[SourceRow(name, size, share) for name, size, share in loader.shares()],
+        held_out=[SourceRow(f"{name} (held out)", size, None) for name, size in held_out.sizes().items()],
+        max_steps=train.max_steps,
+        micro_batch_size=train.micro_batch_size,
+        sequence_length=train.sequence_length,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        memory=None,
+        flops_per_step=tokens * model.flops_per_token(train.sequence_length),
+        notes=notes,
+    )
+
+
+def origin(stage: LanguageStage, start_step: int) -> str:
+    """Where the parameters come from."""
+    if start_step:
+        return f"resumed from step-{start_step:08d}"
+    weights = stage.model["weights"]
+    return "from scratch" if weights is None else f"from weights {weights}"
+
+
+def summary(
+    stage: LanguageStage, finished: bool, step: int, seconds: float, telemetry: Telemetry, evaluation: Evaluation
+) -> Summary:
+    """How the run ended."""
+    return Summary(
+        outcome="done" if finished else "stopped by a signal; run the same command again to go on",
+        step=step,
+        seconds=seconds,
+        out=stage.out,
+        loss=telemetry.last_loss,
+        held_out_before=evaluation.first_loss,
+        held_out_after=evaluation.last_loss,
+    )

@@ -1,0 +1,203 @@
+"""The peak memory of forward and backward, found by running them without data.
+
+Tensors without storage still have shapes and lifetimes, and autograd keeps and frees them exactly as it
+does in earnest. Counting what is alive needs no formula for each model family, and follows recomputation,
+packing and the head's chunks by itself. It works because no forward of ours looks at values.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from cantata.core.types import Batch, Images, Segments
+from cantata.models.protocol import LanguageModel
+from cantata.parallel.recompute import Recompute, apply_recompute
+
+
+def peak_activation_bytes(
+    model: LanguageModel,
+    batch: Batch,
+    compute_dtype: torch.dtype,
+    recompute: Recompute,
+    device: torch.device,
+    gradient_bytes: Callable[[int], int],
+) -> int:
+    """Most bytes alive at once in forward and backward, weights left out.
+
+    A parameter's gradient counts from when it is made until it could be reduced, which is at once; what is
+    left of it then is `gradient_bytes`.
+
+    Args:
+        model: on the meta device; it stays as it is.
+        batch: its values do not matter.
+        compute_dtype: of the weights while they compute.
+        device: whose code paths to follow. The meta device stands in for all but the CPU: it takes the
+            paths of accelerators.
+        gradient_bytes: bytes that stay of a gradient of so many elements.
+    """
+    assert isinstance(model, nn.Module)
+    stand_in = copy.deepcopy(model).to(compute_dtype)
+    on_cpu = device.type == "cpu"
+    with FakeTensorMode() if on_cpu else nullcontext():
+        if on_cpu:
+            _onto_fake_cpu(stand_in)
+        for unit in stand_in.units():
+            _fuse_attention(unit.module)
+            if unit.is_block:
+                apply_recompute(unit.module, recompute)
+        batch = _without_values(_few_segments(batch), "cpu" if on_cpu else "meta")
+        live = _LiveBytes()
+
+        def reduce_gradient(parameter: Tensor) -> None:
+            live.add(gradient_bytes(parameter.numel()))
+            parameter.grad = None
+
+        for parameter in stand_in.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(reduce_gradient)  # type: ignore[no-untyped-call]
+        with live:
+            output = stand_in(batch)
+            loss = output.loss_sum if output.router is None else output.loss_sum + output.router.loss.sum()
+            loss.backward()
+    return live.peak
+
+
+def synthetic_batch(samples: Segments, patches: Segments, features: Segments, patch_values: int) -> Batch:
+    """A batch of these lengths without a pixel or a word: every token is a target, image tokens come first.
+
+    Args:
+        samples: tokens of each sample.
+        patches: patches of each image.
+        features: features of each image; their total is at most that of the samples.
+        patch_values: values of a patch, channels * patch_size ** 2.
+    """
+    tokens_T = torch.zeros(samples.total, dtype=torch.int64)
+    return Batch(
+        input_ids_T=tokens_T,
+        labels_T=tokens_T,
+        position_ids_T=tokens_T,
+        modality_ids_T=tokens_T,
+        target_index_N=torch.arange(samples.total),
+        target_modality_N=tokens_T,
+        samples=samples,
+        images=Images(
+            patches_PC=torch.zeros(patches.total, patch_values, dtype=torch.uint8),
+            position_ids_P=torch.zeros(patches.total, dtype=torch.int64),
+            patches=patches,
+            features=features,
+            token_index_Q=torch.arange(features.total),
+        ),
+    )
+
+
+def _onto_fake_cpu(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+            setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
+
+
+def _few_segments(batch: Batch) -> Batch:
+    """The batch cut into few pieces instead of many: fused attention keeps the same, in far fewer calls.
+
+    Pieces of one length are attended to in one call, pieces of several lengths one by one and then joined, so
+    several lengths become two.
+    """
+    images = batch.images
+    if len(set(images.patches.lengths)) > 1 or len(set(images.features.lengths)) > 1:
+        images = replace(images, patches=_in_two(images.patches), features=_in_two(images.features))
+    samples = _in_two(batch.samples) if len(set(batch.samples.lengths)) > 1 else batch.samples
+    return replace(batch, samples=samples, images=images)
+
+
+def _in_two(segments: Segments) -> Segments:
+    return Segments((segments.total - 1, 1))
+
+
+def _without_values(record: Any, device: str) -> Any:
+    """A copy of a batch, or of a part of it, whose tensors are only shapes."""
+    changed = copy.copy(record)
+    for name, value in vars(record).items():
+        if isinstance(value, Tensor):
+            setattr(changed, name, torch.empty(value.shape, dtype=value.dtype, device=device))
+        elif isinstance(value, Images):
+            setattr(changed, name, _without_values(value, device))
+    return changed
+
+
+def _fuse_attention(module: nn.Module) -> None:
+    """Replace the forward itself, so that the attention is the same when backward recomputes it."""
+    forward = module.forward
+
+    def fused(*args: Any, **kwargs: Any) -> Any:
+        with _FusedAttention():
+            return forward(*args, **kwargs)
+
+    module.forward = fused
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Takes fused attention, as real devices do; without storage torch would take the plain one."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
+        return func(*args, **(kwargs or {}))
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of every storage that an operator makes, for as long as it lives."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = [x.untyped_storage() for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        run = _grouped_product if func is torch.ops.aten._grouped_mm.default else func
+        result = run(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor) and not any(value.untyped_storage() is storage for storage in given):
+                self._track(value.untyped_storage())
+        return result
+
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(storage)
+        self.add(size)
+        weakref.finalize(storage, self.add, -size)
+
+    def add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _grouped_product(left: Tensor, right: Tensor, offs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The result's shape, in any dtype: torch's own version for tensors without storage takes bf16 alone.
+
+    Two matrices are cut along what they share, one product for each group; else each group has its matrix.
+    """
+    groups = (offs.numel(),) if left.dim() == right.dim() == 2 else ()
+    return left.new_empty(*groups, left.shape[-2], right.shape[-1])

@@ -1,0 +1,111 @@
+"""What happens after a step besides the next one: the balance bias, the metrics line, the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from cantata.data.loader import Loader
+from cantata.nn.moe.balance import update_expert_bias
+from cantata.nn.moe.layer import MoELayer
+from cantata.train.checkpoint import Checkpointer
+from cantata.train.engine import Engine
+from cantata.train.loggers import Sinks
+from cantata.train.loop import Progress, StepResult
+from cantata.train.progress import Console
+from cantata.train.window import Window
+
+
+class ExpertBias:
+    """Moves the routers' balance biases once a step; a rate of 0 leaves them alone."""
+
+    def __init__(self, layers: Sequence[MoELayer], rate: float) -> None:
+        self._layers = layers
+        self._rate = rate
+
+    def after_step(self, result: StepResult) -> None:
+        if self._rate > 0:
+            update_expert_bias(self._layers, result.sums["tokens_per_expert_LME"].sum(1), self._rate)
+
+
+class Telemetry:
+    """Writes a metrics line every `log_every` steps, after the last one, and whenever a listener added to it."""
+
+    def __init__(
+        self,
+        window: Window,
+        sinks: Sinks,
+        console: Console,
+        *,
+        base_learning_rate: float,
+        log_every: int,
+        max_steps: int,
+    ) -> None:
+        self._window = window
+        self._sinks = sinks
+        self._console = console
+        self._base_learning_rate = base_learning_rate
+        self._log_every = log_every
+        self._max_steps = max_steps
+        self.last_loss: float | None = None
+
+    def after_step(self, result: StepResult) -> None:
+        self._window.add(result)
+        step = result.progress.step
+        if step % self._log_every and step != self._max_steps and not result.extra:
+            return
+        record = self._window.record(result, self._base_learning_rate) | result.extra
+        self.last_loss = record["loss"]
+        self._sinks.write(record)
+        self._console.on_log(record)
+
+
+class Saving:
+    """Saves every `checkpointer.every` steps and after the last one; the last listener, so its step is told already."""
+
+    def __init__(
+        self, checkpointer: Checkpointer, engine: Engine, loader: Loader, window: Window, console: Console, max_steps: int
+    ) -> None:
+        self._checkpointer = checkpointer
+        self._engine = engine
+        self._loader = loader
+        self._window = window
+        self._console = console
+        self._max_steps = max_steps
+        self._untold: int | None = None
+
+    def resume(self) -> Progress:
+        """Continue from the checkpoint that the run's configuration asks for; a fresh start where there is none."""
+        path = self._checkpointer.resume_from()
+        if path is None:
+            return Progress()
+        document = self._checkpointer.load(path, self._engine)
+        extra = document["extra"]
+        self._loader.load_state_dict({**extra["loader"], "streams": document["loader"]})
+        self._window.load_state_dict(extra["window"])
+        return Progress(**extra["progress"])
+
+    def after_step(self, result: StepResult) -> None:
+        self._tell()
+        step, every = result.progress.step, self._checkpointer.every
+        if step == self._max_steps or (every and step % every == 0):
+            self.save(result.progress)
+
+    def save(self, progress: Progress) -> None:
+        """Save now, unless this step is saved already."""
+        state = self._loader.state_dict()
+        streams = state.pop("streams")
+        extra = {"progress": asdict(progress), "loader": state, "window": self._window.state_dict()}
+        self._checkpointer.save(progress.step, self._engine, streams, extra)
+        self._untold = progress.step
+        self._tell()
+
+    def finish(self) -> None:
+        """Wait for the save under way. Raises `RunError` where it failed."""
+        self._checkpointer.wait()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._untold is not None and self._checkpointer.is_idle:
+            self._console.on_checkpoint(self._untold, self._checkpointer.path(self._untold))
+            self._untold = None

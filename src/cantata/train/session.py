@@ -1,0 +1,108 @@
+"""A run around the loop: its directory, its checkpoints, what is told of it, and its exit code."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from cantata.core import dist
+from cantata.core.build import build
+from cantata.core.config import save_config
+from cantata.core.logging import logging_to
+from cantata.data.held_out import HeldOut
+from cantata.data.loader import Loader
+from cantata.models.protocol import LanguageModel
+from cantata.train import describe, startup
+from cantata.train.checkpoint import Checkpointer, fingerprint
+from cantata.train.engine import Engine, Objective
+from cantata.train.evaluate import Evaluation, evaluate
+from cantata.train.listeners import ExpertBias, Saving, Telemetry
+from cantata.train.loggers import open_sinks
+from cantata.train.loop import Listener, fit
+from cantata.train.metrics import Record
+from cantata.train.preempt import PREEMPTED, StopRequest
+from cantata.train.progress import Console
+from cantata.train.stage import LanguageStage, build_engine
+from cantata.train.window import Device, Window
+
+ShowModel = Callable[[int, Engine], list[str]]
+"""Lines that show what the model does at a step (captions, say); a collective, called after each evaluation."""
+
+
+def run_session(
+    stage: LanguageStage,
+    kind: str,
+    model: nn.Module,
+    objective: Objective,
+    loader: Loader,
+    held_out: HeldOut,
+    resolved: Mapping[str, Any],
+    show_model: ShowModel,
+) -> int:
+    """Train from where the run directory stands to the end, or until a signal; returns the exit code.
+
+    Args:
+        kind: the stage's name, for the report.
+        model: on the meta device.
+        resolved: the whole configuration as plain values, for the loggers that keep it.
+
+    Raises:
+        ConfigError: an option that the engine lacks, a directory in use, or a checkpoint of another model.
+        RunError: the run cannot go on.
+    """
+    assert isinstance(model, LanguageModel)
+    began = time.monotonic()
+    stop = StopRequest()
+    shape, experts = fingerprint(model), describe.experts(model)
+    engine = build_engine(stage, model)
+    with ExitStack() as closing:
+        checkpointer = Checkpointer(stage.out, stage.checkpoint, shape)
+        closing.callback(checkpointer.close)
+        closing.enter_context(logging_to(stage.out))
+        console = Console(dist.rank())
+        closing.callback(console.close)
+
+        window = Window(Device(dist.device(), dist.world_size(), model.flops_per_token))
+        saving = Saving(checkpointer, engine, loader, window, console, stage.train.max_steps)
+        start = saving.resume()
+        save_config(resolved, stage.out / "config.yaml")
+        sinks = open_sinks(stage.logger, stage.out, stage.name, resolved, start.step or None, dist.rank())
+        closing.callback(sinks.close)
+
+        report = describe.report(stage, kind, model, engine, experts, loader, held_out, start.step, sinks.notices)
+        if dist.is_main():
+            startup.write(report)
+        console.on_start(report, start.step)
+
+        def run_evaluation() -> Record:
+            return evaluate(engine, objective, held_out)
+
+        def tell_evaluation(step: int, record: Record) -> None:
+            console.on_eval(step, record)
+            for line in show_model(step, engine):
+                console.on_note(line)
+
+        every = stage.train.eval_every if len(held_out) else 0
+        evaluation = Evaluation(run_evaluation, tell_evaluation, every, stage.train.max_steps)
+        if start.step == 0:
+            evaluation.before_first_step()
+        telemetry = Telemetry(
+            window,
+            sinks,
+            console,
+            base_learning_rate=stage.optimizer["lr"],
+            log_every=stage.train.log_every,
+            max_steps=stage.train.max_steps,
+        )
+        bias = ExpertBias(model.moe_layers(), model.expert_bias_update_rate)
+        listeners: list[Listener] = [bias, evaluation, telemetry, saving]
+        end = fit(engine, objective, iter(loader), build(stage.schedule), stage.train, listeners, start, stop)
+        saving.save(end)
+        saving.finish()
+        finished = end.step >= stage.train.max_steps
+        console.on_end(describe.summary(stage, finished, end.step, time.monotonic() - began, telemetry, evaluation))
+    return 0 if finished else PREEMPTED

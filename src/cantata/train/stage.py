@@ -1,0 +1,100 @@
+"""The config root that language-model stages share, and the way from it to an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cantata.core import dist
+from cantata.core.build import build
+from cantata.core.schema import slot
+from cantata.data.assembly import build_held_out, build_loader
+from cantata.data.config import DataConfig
+from cantata.data.held_out import HeldOut
+from cantata.data.loader import Loader
+from cantata.models.hub import HubReader, parameter_shapes
+from cantata.models.protocol import LanguageModel
+from cantata.parallel.materialize import RandomInit, Source
+from cantata.parallel.mesh import MeshConfig, build_mesh
+from cantata.train.checkpoint import CheckpointConfig
+from cantata.train.config import TrainConfig
+from cantata.train.engine import Engine
+from cantata.train.loggers import LoggerConfig
+from cantata.train.optim import ParameterRule
+
+ENGINE_RUNTIME = ("model", "mesh", "source", "optimizer", "parameters", "recompute", "compile", "device")
+"""What the program, not the YAML, hands to an engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageStage:
+    """Every key of a stage that trains a language model."""
+
+    name: str
+    """Names the run; part of `out` by default."""
+    out: Path
+    """The run directory, one for all ranks; the same one again resumes."""
+    seed: int
+    """Decides initial values and the order of samples."""
+    model: dict[str, Any] = slot()
+    collator: dict[str, Any] = slot()
+    data: DataConfig
+    mesh: MeshConfig
+    engine: dict[str, Any] = slot(runtime=ENGINE_RUNTIME)
+    optimizer: dict[str, Any] = slot()
+    parameters: dict[str, ParameterRule]
+    """Learning rate, decay and freezing by pattern on parameter names; the last match decides."""
+    schedule: dict[str, Any] = slot()
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    logger: LoggerConfig
+
+
+def build_model(stage: LanguageStage) -> nn.Module:
+    """The model on the meta device: shapes without storage."""
+    with torch.device("meta"):
+        model: nn.Module = build(stage.model)
+    return model
+
+
+def build_data(stage: LanguageStage) -> tuple[Loader, HeldOut]:
+    """Training and held-out batches of this rank; opens every file, so what is missing is found first."""
+    process = dist.find_process()
+    collator = build(stage.collator)
+    shape = {
+        "sequence_length": stage.train.sequence_length,
+        "micro_batch_size": stage.train.micro_batch_size,
+        "rank": process.rank,
+        "world_size": process.world_size,
+    }
+    loader = build_loader(stage.data, collator, seed=stage.seed, **shape)
+    return loader, build_held_out(stage.data, collator, **shape)
+
+
+def build_engine(stage: LanguageStage, model: nn.Module) -> Engine:
+    """The engine that `engine` names, with the model spread over the mesh and filled with its first values."""
+    device = dist.device()
+    engine: Engine = build(
+        stage.engine,
+        model=model,
+        mesh=build_mesh(stage.mesh, dist.world_size(), device.type),
+        source=initial_values(stage, model),
+        optimizer=build(stage.optimizer),
+        parameters=stage.parameters,
+        recompute=stage.train.recompute,
+        compile=stage.train.compile,
+        device=device,
+    )
+    return engine
+
+
+def initial_values(stage: LanguageStage, model: nn.Module) -> Source:
+    """Random values from the seed, or the published checkpoint that `model.weights` names."""
+    assert isinstance(model, LanguageModel)
+    if stage.model["weights"] is None:
+        return RandomInit(model, stage.seed)
+    return HubReader(stage.model["weights"], model.hub_layout(), parameter_shapes(model))

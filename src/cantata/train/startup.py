@@ -1,0 +1,210 @@
+"""The start-up report: what will be trained, on what, and whether it fits, told before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cantata.train import humane
+from cantata.train.memory import MemoryEstimate
+
+WIDTH = 88
+"""Columns of the report as text."""
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """Parameters that share a learning rate and a weight decay."""
+
+    name: str
+    parameters: int
+    learning_rate: float | None
+    """Peak learning rate; None where the parameters are frozen."""
+    weight_decay: float | None
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """A source of samples."""
+
+    name: str
+    samples: int | None
+    """Samples it holds; None where it does not know."""
+    share: float | None
+    """Share of the samples drawn, in [0, 1]; None for held-out sources."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What a mixture of experts holds and what one token uses of it."""
+
+    layers: int
+    num_experts: int
+    top_k: int
+    total_parameters: int
+    active_parameters: int
+
+
+@dataclass(frozen=True)
+class StartupReport:
+    """What a run is about to do."""
+
+    stage: str
+    name: str
+    out: Path
+    origin: str
+    """`from scratch`, `from weights DIR`, or `resumed from step-00000100`."""
+    engine: str
+    """The engine with its settings, such as `fsdp2, bf16, states fp32`."""
+    mesh: Mapping[str, int]
+    world_size: int
+    device: str
+    versions: str
+    """Versions of the libraries that matter, such as `torch 2.13.0`."""
+    groups: Sequence[GroupRow]
+    experts: Experts | None
+    sources: Sequence[SourceRow]
+    held_out: Sequence[SourceRow]
+    max_steps: int
+    micro_batch_size: int
+    sequence_length: int
+    gradient_accumulation_steps: int
+    memory: MemoryEstimate | None
+    """Per rank."""
+    flops_per_step: float | None
+    """Forward and backward operations of a full step over all ranks."""
+    notes: Sequence[str] = ()
+    """Whatever else the user should know: dropped samples, where W&B writes."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of a step over all ranks; packing leaves a few of them empty."""
+        per_rank = self.micro_batch_size * self.sequence_length * self.gradient_accumulation_steps
+        return per_rank * self.world_size
+
+    @property
+    def trained(self) -> int:
+        return sum(group.parameters for group in self.groups if group.learning_rate is not None)
+
+    @property
+    def frozen(self) -> int:
+        return sum(group.parameters for group in self.groups if group.learning_rate is None)
+
+
+def render(report: StartupReport) -> RenderableType:
+    """The report for a terminal, at most `WIDTH` columns wide."""
+    parts: list[RenderableType] = [
+        Text(f"cantata {report.stage}: {report.name}", style="bold", overflow="fold"),
+        _facts(report),
+        _groups(report),
+    ]
+    if report.sources:
+        parts.append(_sources(report))
+    if report.memory is not None:
+        parts.append(_memory(report.memory))
+    parts += [Text(f"  {note}", overflow="fold") for note in report.notes]
+    return Group(*parts)
+
+
+def as_text(report: StartupReport) -> str:
+    """The report without colours, `WIDTH` columns wide, for a file or a pipe."""
+    console = Console(width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(render(report), highlight=False)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def write(report: StartupReport) -> Path:
+    """Save the report as `<out>/logs/startup.txt`."""
+    path = report.out / "logs" / "startup.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(as_text(report), encoding="utf-8")
+    return path
+
+
+def _facts(report: StartupReport) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    axes = ", ".join(f"{axis} {size}" for axis, size in report.mesh.items() if size > 1)
+    ranks = f"{report.world_size} rank" + ("s" if report.world_size > 1 else "")
+    rows = [
+        ("run", f"{report.out} ({report.origin})"),
+        ("devices", f"{ranks} on {report.device}" + (f" ({axes})" if axes else "") + f"; {report.versions}"),
+        ("engine", report.engine),
+        ("step", _step(report)),
+    ]
+    if report.experts is not None:
+        rows.append(("experts", _experts(report.experts)))
+    for name, value in rows:
+        table.add_row(f"  {name}", Text(value))
+    return table
+
+
+def _step(report: StartupReport) -> str:
+    factors = [
+        f"{report.micro_batch_size} rows",
+        f"{report.sequence_length} tokens",
+        f"{report.gradient_accumulation_steps} micro-batches",
+        f"{report.world_size} ranks",
+    ]
+    shown = " x ".join(factors[:2] + [factor for factor in factors[2:] if not factor.startswith("1 ")])
+    text = f"{report.tokens_per_step:,} tokens ({shown})"
+    if report.flops_per_step is not None:
+        text += f", {humane.flops(report.flops_per_step)}"
+    total = humane.count(report.tokens_per_step * report.max_steps)
+    return f"{text}; {report.max_steps:,} steps, {total} tokens"
+
+
+def _experts(experts: Experts) -> str:
+    share = experts.active_parameters / experts.total_parameters
+    return (
+        f"{experts.layers} layers, {experts.top_k} of {experts.num_experts} per token: "
+        f"{humane.count(experts.active_parameters)} of {humane.count(experts.total_parameters)} parameters "
+        f"active ({share:.0%})"
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2), pad_edge=True, show_edge=False, header_style="dim")
+    table.add_column(title, overflow="fold", header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _groups(report: StartupReport) -> Table:
+    table = _table("parameters", "count", "learning rate", "weight decay")
+    for row in report.groups:
+        frozen = row.learning_rate is None
+        rate = "frozen" if row.learning_rate is None else f"{row.learning_rate:.3g}"
+        decay = "-" if frozen or row.weight_decay is None else f"{row.weight_decay:g}"
+        style = "dim" if frozen else None
+        table.add_row(Text(f"  {row.name}"), humane.count(row.parameters), rate, decay, style=style)
+    total = f"{humane.count(report.trained)} trained"
+    if report.frozen:
+        total += f", {humane.count(report.frozen)} frozen"
+    table.add_row(f"  total: {total}", humane.count(report.trained + report.frozen), "", "", style="bold")
+    return table
+
+
+def _sources(report: StartupReport) -> Table:
+    table = _table("samples", "count", "share")
+    for row in (*report.sources, *report.held_out):
+        samples = "unknown" if row.samples is None else f"{row.samples:,}"
+        share = "held out" if row.share is None else f"{row.share:.1%}"
+        table.add_row(Text(f"  {row.name}"), samples, share)
+    return table
+
+
+def _memory(memory: MemoryEstimate) -> Table:
+    table = _table("memory of a rank (estimate)", "size", "share")
+    for name, number_of_bytes in memory.parts().items():
+        table.add_row(f"  {name}", humane.size(number_of_bytes), f"{number_of_bytes / memory.total:.0%}")
+    table.add_row("  total", humane.size(memory.total), "", style="bold")
+    return table

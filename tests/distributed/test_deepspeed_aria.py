@@ -1,0 +1,171 @@
+"""Aria under ZeRO, on ranks of which one has no image, against one plain process.
+
+The bound is absolute, on weights of order 0.1: the order of sums over ranks and micro-batches differs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cantata.core.types import IMAGE, TEXT, Batch, Images, Segments, StepTotals
+from cantata.models.aria import Aria
+from cantata.models.aria.config import AriaMoEConfig, AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
+from cantata.models.aria.vision import patch_position_ids
+from cantata.parallel.materialize import RandomInit, materialize
+from cantata.parallel.mesh import MeshConfig, build_mesh
+from cantata.parallel.recompute import Recompute
+from cantata.train.deepspeed import DeepSpeedEngine
+from cantata.train.objectives import NextToken
+from cantata.train.optim import ParameterRule, optimizer_defaults, parameter_groups
+from tests.distributed.spawn import run_ranks
+from tests.distributed.test_deepspeed import small_parameters_partitioned
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs cantata[deepspeed]"),
+]
+
+BOUND = 1e-6
+OPTIMIZER = partial(torch.optim.AdamW, lr=1e-2, eps=1e-5, weight_decay=0.1, fused=True)
+FROZEN = ParameterRule(learning_rate=None, weight_decay=None, frozen=True)
+# Nothing before the first decoder block has a gradient, and nothing before the second vision block.
+BEHIND_FROZEN = {"vision.*": FROZEN, "projector.*": FROZEN, "text.embed_tokens.*": FROZEN}
+VISION_BEHIND_FROZEN = {"vision.embeddings.*": FROZEN, "vision.layers.0.*": FROZEN}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "zero 1": {"zero_stage": 1},
+    "zero 2 full": {"zero_stage": 2, "recompute": Recompute.full},
+    "zero 3": {"zero_stage": 3},
+    "zero 3 full": {"zero_stage": 3, "recompute": Recompute.full},
+    "zero 3 selective": {"zero_stage": 3, "recompute": Recompute.selective},
+    "zero 3 tied": {"zero_stage": 3, "tied": True},
+    "zero 3 behind frozen": {"zero_stage": 3, "parameters": BEHIND_FROZEN},
+    "zero 3 vision behind frozen": {"zero_stage": 3, "parameters": VISION_BEHIND_FROZEN},
+    "zero 3 behind frozen, full": {
+        "zero_stage": 3,
+        "parameters": BEHIND_FROZEN,
+        "recompute": Recompute.full,
+    },
+}
+
+
+def build_aria(tied: bool) -> Aria:
+    moe = AriaMoEConfig(
+        num_experts=4,
+        top_k=2,
+        num_shared_experts=1,
+        expert_intermediate_size=8,
+        router_aux_loss_coef=1e-2,
+        router_z_loss_coef=1e-3,
+        expert_bias_update_rate=1e-3,
+    )
+    vision = AriaVisionConfig(16, 32, 2, 2, 32, 8, 3, 1e-6, 0.2)
+    text = AriaTextConfig(32, 16, 2, 4, 2, 4, 1e4, 1e-6, 128, tied, 0.2, 0, 1, 2, moe)
+    with torch.device("meta"):
+        return Aria(vision, AriaProjectorConfig({16: 4}, 0.2), text, image_token_id=9)
+
+
+def make_batch(seed: int, with_image: bool, tokens: int = 20) -> Batch:
+    """A sample, with one image of 2 x 3 patches and 4 features or without, and three padding tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids_T = torch.randint(10, 32, (tokens,), generator=generator)
+    labels_T = torch.randint(10, 32, (tokens,), generator=generator)
+    labels_T[:6] = labels_T[-3:] = -100
+    index_N = (labels_T != -100).nonzero()[:, 0]
+    modality_T = torch.full((tokens,), TEXT)
+    patches, features, token_index_Q = Segments(()), Segments(()), torch.empty(0, dtype=torch.int64)
+    pixels_PC, positions_P = torch.empty(0, 192, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    if with_image:
+        patches, features, token_index_Q = Segments((6,)), Segments((4,)), torch.arange(1, 5)
+        pixels_PC = torch.randint(0, 256, (6, 192), dtype=torch.uint8, generator=generator)
+        positions_P = patch_position_ids(2, 3, 4)
+        ids_T[1:5], modality_T[1:5] = 9, IMAGE
+    modality_T[-3:] = -1
+    return Batch(
+        input_ids_T=ids_T,
+        labels_T=labels_T,
+        position_ids_T=torch.arange(tokens),
+        modality_ids_T=modality_T,
+        target_index_N=index_N,
+        target_modality_N=torch.full_like(index_N, IMAGE if with_image else TEXT),
+        samples=Segments((tokens - 3,)),
+        images=Images(pixels_PC, positions_P, patches, features, token_index_Q),
+    )
+
+
+# Rank 0 takes the even ones: it has images in one micro-batch, rank 1 in none.
+MICRO_BATCHES = [make_batch(seed, with_image=seed == 0) for seed in range(4)]
+TOTALS = StepTotals(sum(b.num_tokens for b in MICRO_BATCHES), sum(b.num_targets for b in MICRO_BATCHES))
+
+
+def trained(options: dict[str, Any]) -> dict[str, Any]:
+    options = dict(options)
+    model = build_aria(options.pop("tied", False))
+    with small_parameters_partitioned():
+        engine = DeepSpeedEngine(
+            model=model,
+            mesh=build_mesh(MeshConfig(dp_replicate=1, dp_shard=-1, ep=1), dist.get_world_size(), "cpu"),
+            source=RandomInit(model, 3),
+            optimizer=OPTIMIZER,
+            device=torch.device("cpu"),
+            compile=False,
+            precision="fp32",
+            offload="none",
+            **({"parameters": {}, "recompute": Recompute.none} | options),
+        )
+    batches, norms = MICRO_BATCHES[dist.get_rank() :: 2], []
+    for _ in range(2):
+        for index, batch in enumerate(batches, start=1):
+            engine.forward_backward(batch, NextToken(), TOTALS, last=index == 2)
+        norms.append(engine.gradient_norm(0.1))
+        engine.step(1.0)
+        with torch.no_grad():
+            logits_TV = engine.model(MICRO_BATCHES[dist.get_rank()], with_logits=True).logits_TV
+    parts: list[dict[str, Tensor]] = [{}, {}]
+    dist.all_gather_object(parts, engine.state_dict())
+    return {"norms": norms, "end": parts[0] | parts[1], "logits": logits_TV.clone()}
+
+
+def variants() -> dict[str, Any]:
+    return {name: trained(options) for name, options in VARIANTS.items()}
+
+
+def reference(options: dict[str, Any]) -> dict[str, Any]:
+    model = build_aria(options.get("tied", False))
+    materialize(model, RandomInit(model, 3), torch.device("cpu"))
+    rules = options.get("parameters", {})
+    optimizer = OPTIMIZER(parameter_groups(model, rules, *optimizer_defaults(OPTIMIZER)))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norms = []
+    for _ in range(2):
+        for batch in MICRO_BATCHES:
+            NextToken()(model, batch, TOTALS).value.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, 0.1).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        logits_TV = model(MICRO_BATCHES[0], with_logits=True).logits_TV
+    end = {f"model.{name}": value for name, value in model.state_dict().items()}
+    return {"norms": norms, "end": end, "logits": logits_TV}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    return run_ranks(variants, 2, timeout=900.0)[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_steps_equal_one_plain_process(variant: str, results: Any) -> None:
+    run, wanted = results[variant], reference(VARIANTS[variant])
+    assert run["norms"] == pytest.approx(wanted["norms"], rel=1e-6)
+    for name, value in wanted["end"].items():
+        if name in run["end"]:
+            assert float((run["end"][name] - value).abs().max()) <= BOUND, name
+    assert {name for name in run["end"] if name.startswith("model.")} == wanted["end"].keys()
+    assert float((run["logits"] - wanted["logits"]).abs().max()) <= 1e-5

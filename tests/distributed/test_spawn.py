@@ -1,0 +1,41 @@
+"""The helper itself: values by rank, and failures that say where."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.spawn import RanksError, run_ranks
+
+
+def _sum(offset: int) -> tuple[int, float]:
+    value = torch.tensor([float(dist.get_rank() + offset)])
+    dist.all_reduce(value)
+    return dist.get_rank(), value.item()
+
+
+def _one_fails() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank one is unwell")
+    dist.barrier()
+
+
+def _hangs() -> None:
+    time.sleep(60)
+
+
+def test_values_come_back_by_rank() -> None:
+    assert run_ranks(_sum, 2, 10) == [(0, 21.0), (1, 21.0)]
+
+
+def test_a_failing_rank_is_reported_and_the_waiting_one_ended() -> None:
+    with pytest.raises(RanksError, match="rank one is unwell"):
+        run_ranks(_one_fails, 2)
+
+
+def test_a_hang_is_ended_and_its_place_shown() -> None:
+    with pytest.raises(RanksError, match=r"(?s)did not finish in 6 s.*_hangs"):
+        run_ranks(_hangs, 1, timeout=6.0)

@@ -1,0 +1,47 @@
+"""Groups of sharded parameters. Gradients and values are compared in tests/distributed/test_fsdp2.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from cantata.parallel.fsdp import Sharding, apply_sharding, sharded_modules
+from cantata.parallel.mesh import MeshConfig, build_mesh
+from tests.distributed.standin import StandIn, build_on_meta
+
+
+@pytest.fixture(autouse=True)
+def _process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(tied: bool) -> StandIn:
+    model = build_on_meta(tied)
+    mesh = build_mesh(MeshConfig(1, -1, 1), 1, "cpu")
+    apply_sharding(model, model.units(), Sharding(mesh, torch.bfloat16, offload_parameters=False))
+    return model
+
+
+def test_every_unit_is_a_group_and_names_stay() -> None:
+    names = [name for name, _ in build_on_meta().named_parameters()]
+    model = sharded(tied=False)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    groups = sharded_modules(model)
+    assert groups[0] is model
+    assert set(groups[1:]) == {unit.module for unit in model.units()}
+
+
+def test_units_that_share_a_parameter_belong_to_the_root() -> None:
+    model = sharded(tied=True)
+    assert model.head.output.weight is model.embedding.weight
+    assert not isinstance(model.head, FSDPModule)
+    assert not isinstance(model.embedding, FSDPModule)
+    assert set(sharded_modules(model)) == {model, *model.blocks}

@@ -1,0 +1,82 @@
+"""The estimate against arithmetic by hand."""
+
+import pytest
+import torch
+
+from cantata.parallel.recompute import Recompute
+from cantata.train.memory import (
+    Resting,
+    estimate_memory,
+    fsdp2_layout,
+    gathered_bytes,
+    layout_of,
+    peak_memory_gib,
+    zero_layout,
+)
+from cantata.train.options import Offload, Precision, StateDtype
+from tests.train.test_dry_run import CPU, batch, build
+
+
+def test_gradients_fill_up_while_activations_go() -> None:
+    model = build("meta")
+    layout = fsdp2_layout(Precision.fp32, StateDtype.fp32, Offload.none, shards=1)
+    once = estimate_memory(model, layout, batch(), Recompute.none, CPU, accumulation_steps=1)
+    again = estimate_memory(model, layout, batch(), Recompute.none, CPU, accumulation_steps=2)
+    assert again.total - once.gradients <= once.total < again.total
+    assert again.gradients == once.gradients
+
+
+def test_frozen_parameters_need_no_gradient_and_no_state() -> None:
+    model = build("meta")
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "head.weight")
+    layout = fsdp2_layout(Precision.fp32, StateDtype.fp32, Offload.none, shards=1)
+    estimate = estimate_memory(model, layout, batch(), Recompute.none, CPU, accumulation_steps=2)
+    assert estimate.parameters == 4 * elements
+    assert estimate.gradients == 4 * 320 * 64
+    assert estimate.optimizer == 8 * 320 * 64
+    assert estimate.total == sum(estimate.parts().values())
+
+
+def test_fsdp2_shares_everything() -> None:
+    layout = fsdp2_layout(Precision.bf16, StateDtype.bf16, Offload.none, shards=4)
+    assert [kind.of(1001) for kind in (layout.weights, layout.gradients, layout.states)] == [502, 502, 1004]
+    offloaded = fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.parameters, shards=1)
+    assert [kind.of(10) for kind in (offloaded.weights, offloaded.gradients, offloaded.states)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "states"),
+    [(0, 2000, 4000, 12000), (1, 2000, 4000, 3000), (2, 2000, 1000, 3000), (3, 500, 1000, 3000)],
+)
+def test_zero_shares_more_with_each_stage(stage: int, weights: int, gradients: int, states: int) -> None:
+    layout = zero_layout(stage, Precision.bf16, Offload.none, world_size=4)
+    assert layout.weights.of(1000) == weights
+    assert layout.gradients.of(1000) == gradients
+    assert layout.states.of(1000) == states
+    assert layout.gathers == (stage == 3)
+
+
+def test_the_layout_of_a_config() -> None:
+    fsdp2 = {"precision": "bf16", "state_dtype": "fp32", "offload": "none"}
+    assert layout_of(fsdp2, 2, 4) == fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.none, 2)
+    deepspeed = {"precision": "fp32", "offload": "optimizer", "zero_stage": 1}
+    assert layout_of(deepspeed, 2, 4) == zero_layout(1, Precision.fp32, Offload.optimizer, 4)
+
+
+def test_the_largest_unit_is_gathered_with_the_one_behind_it() -> None:
+    layout = fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.none, shards=2)
+    assert gathered_bytes(layout, [10, 100, 20]) == 100 * (2 + 2 + 2 + 4)
+    assert gathered_bytes(zero_layout(1, Precision.bf16, Offload.none, 2), [10, 100, 20]) == 100 * (2 + 4)
+
+
+def test_shards_round_up() -> None:
+    assert Resting(4, 3).of(10) == 16
+
+
+def test_peak_memory_of_this_process_grows_with_use() -> None:
+    before = peak_memory_gib(CPU)
+    held = torch.ones(2**27)
+    assert held.sum() == 2**27
+    assert peak_memory_gib(CPU) >= max(before, 0.5)
