@@ -1,0 +1,123 @@
+"""Runs recipes as a user does: in this process where a run must only end, in others where it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+
+from cantata import cli
+from cantata.core.locate import recipes_dir
+from cantata.train.restricted_pickle import RestrictedReader
+
+TINY = (
+    "experiment=aria_mini",
+    "model.vision.num_hidden_layers=1",
+    "model.vision.hidden_size=32",
+    "model.vision.intermediate_size=32",
+    "model.vision.num_attention_heads=2",
+    "model.text.num_hidden_layers=2",
+    "model.text.hidden_size=32",
+    "model.text.num_attention_heads=2",
+    "model.text.num_key_value_heads=2",
+    "model.text.head_dim=16",
+    "model.text.moe.num_experts=4",
+    "model.text.moe.top_k=2",
+    "model.text.moe.num_shared_experts=1",
+    "model.text.moe.expert_intermediate_size=16",
+    "train.micro_batch_size=1",
+    "train.gradient_accumulation_steps=1",
+    "train.eval_every=0",
+    "train.log_every=1",
+    "engine.precision=fp32",
+    "data.num_workers=0",
+    "schedule.warmup_steps=2",
+)
+"""The shipped experiment, small enough for a step in milliseconds."""
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def pretrain(out: Path, *overrides: str) -> int:
+    """Exit code of `cantata pretrain` with the tiny model, in this process."""
+    argv = sys.argv
+    with _signals_kept():
+        try:
+            return cli.main(["pretrain", *TINY, f"out={out}", *overrides])
+        except SystemExit as end:
+            return int(end.code or 0)
+        finally:
+            sys.argv = argv
+
+
+def command(out: Path, *overrides: str) -> list[str]:
+    """The recipe's command line without its launcher."""
+    return [str(recipes_dir() / "pretrain.py"), *TINY, f"out={out}", *overrides]
+
+
+def start(launcher: Sequence[str], out: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Start the recipe in a process group of its own, with one thread a process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HYDRA_FULL_ERROR": "0"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, *command(out, *overrides)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def torchrun(processes: int) -> list[str]:
+    """Several processes on a port that is free."""
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """kill -9 for the launcher and everything it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    reader = RestrictedReader(checkpoint)
+    entries = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load_tensors(state, storage_reader=RestrictedReader(checkpoint), no_dist=True)
+    return state
+
+
+def final(out: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint."""
+    return tensors(out / "checkpoints" / (out / "LATEST").read_text().strip())

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cantata import __version__, cli
+from cantata.cli import VERBS, Verb, main
+from cantata.core.errors import ConfigError, RunError
+from cantata.core.locate import recipes_dir
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown and verb.summary in shown for name, verb in VERBS.items())
+
+
+def test_without_a_verb_the_usage_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: cantata VERB" in capsys.readouterr().err
+
+
+def test_a_misspelt_verb_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrian"]) == 2
+    assert capsys.readouterr().err == "error: pretrian is not a verb of cantata; nearest: pretrain\n"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"cantata {__version__}\n"
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from cantata.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.recipe])
+def test_recipes_exist(verb: str) -> None:
+    assert (recipes_dir() / str(VERBS[verb].recipe)).is_file()
+
+
+@pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.module])
+def test_modules_take_their_own_arguments(verb: str) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([verb, "--help"])
+    assert left.value.code == 0
+
+
+def test_a_recipe_runs_as_if_started_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stage.py").write_text("import sys\nif __name__ == '__main__': sys.exit(len(sys.argv))\n")
+    monkeypatch.setattr(cli, "recipes_dir", lambda: tmp_path)
+    monkeypatch.setitem(VERBS, "stage", Verb("Test.", recipe="stage.py"))
+    with pytest.raises(SystemExit) as left:
+        main(["stage", "a=1", "b=2"])
+    assert left.value.code == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("no such folder"), 2, "error: no such folder\n"),
+        (RunError("they differ"), 1, "error: they differ\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    ],
+)
+def test_a_tool_fails_with_one_line_and_its_code(
+    error: BaseException,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Module:
+        @staticmethod
+        def main(arguments: list[str]) -> int:
+            assert arguments == ["x"]
+            raise error
+
+    monkeypatch.setattr(cli, "import_module", lambda name: Module)
+    assert main(["verify", "x"]) == code
+    assert capsys.readouterr().err == line
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "cantata", "--version"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == f"cantata {__version__}\n"

@@ -1,0 +1,193 @@
+"""Every shipped config composes and binds, stays values only, and holds nothing that no code reads."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import subprocess
+import sys
+import textwrap
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from cantata.core.config import Composed, compose, load
+from cantata.core.errors import ConfigError
+from cantata.core.locate import configs_dir, recipes_dir
+from cantata.core.target import TARGET, find_target
+from cantata.train.stage import LanguageStage
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES: dict[str, type] = {"pretrain": LanguageStage}
+"""Primary configs and their schemas."""
+MADE_UP = "made-up"
+"""Stands in for a value that a config leaves to the user."""
+
+
+def options(group: str) -> list[str]:
+    return sorted(file.stem for file in (configs_dir() / group).glob("*.yaml"))
+
+
+GROUPS = sorted(folder.name for folder in configs_dir().iterdir() if folder.is_dir())
+CHOICES = [f"{group}={option}" for group in GROUPS for option in options(group)]
+
+
+def made_up(content: Any) -> Any:
+    """The same with a value for each `???`."""
+    if isinstance(content, dict):
+        return {name: made_up(value) for name, value in content.items()}
+    return MADE_UP if content == "???" else content
+
+
+@functools.cache
+def composed(*overrides: str) -> Composed:
+    return compose("pretrain", overrides)
+
+
+@functools.cache
+def loaded(*overrides: str) -> Any:
+    node, origins = composed(*overrides)
+    filled = OmegaConf.create(made_up(OmegaConf.to_container(node)))
+    return load(filled, STAGES["pretrain"], origins)
+
+
+@pytest.mark.parametrize("choice", ["name=plain", *CHOICES])
+def test_every_option_of_every_group_binds(choice: str) -> None:
+    assert loaded(choice).seed == 1234
+
+
+@pytest.mark.parametrize("stage", [name for name in options("experiment") if name.startswith("aria_25b")])
+def test_what_only_the_user_has_is_asked_for_by_name(stage: str) -> None:
+    node, origins = composed(f"experiment={stage}")
+    with pytest.raises(ConfigError) as caught:
+        load(node, LanguageStage, origins)
+    asked = ["collator.processor.tokenizer", "data.sources.text.dataset.path"]
+    if stage != "aria_25b_stage1":
+        asked += ["model.weights", "data.sources.images.dataset.path"]
+    assert all(key in str(caught.value) for key in asked)
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_experiments_run_under_every_engine(experiment: str) -> None:
+    for engine in options("engine"):
+        loaded(f"experiment={experiment}", f"engine={engine}")
+
+
+def test_an_experiment_is_named_after_its_file() -> None:
+    for experiment in options("experiment"):
+        assert loaded(f"experiment={experiment}").out == Path("outputs", experiment)
+
+
+def test_the_stages_of_aria_follow_the_paper() -> None:
+    stages = [loaded(f"experiment=aria_25b_stage{number}") for number in (1, 2, 3)]
+    assert [stage.train.sequence_length for stage in stages] == [8192, 8192, 65536]
+    assert [stage.model["text"]["rope_theta"] for stage in stages] == [1e5, 1e5, 5e6]
+    assert all(stage.model["text"]["moe"]["router_z_loss_coef"] == 1e-5 for stage in stages)
+    assert [stage.model["weights"] for stage in stages] == [None, MADE_UP, MADE_UP]
+
+
+@pytest.mark.parametrize("file", sorted(configs_dir().rglob("*.yaml")), ids=lambda file: file.stem)
+def test_files_are_short(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_command_shows_its_config(stage: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cantata", stage, "--cfg", "job", "experiment=aria_mini"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert OmegaConf.create(shown) == compose(stage, ["experiment=aria_mini"]).node
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_typo_ends_the_command_with_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(recipes_dir() / "pretrain.py"), "trian.max_steps=3"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr == (
+        "error: override 'trian.max_steps=3': trian.max_steps is not a known key; nearest: train.max_steps\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def targets(node: Any) -> Iterator[str]:
+    """Every `_target_` below a node."""
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    if isinstance(node, dict) and TARGET in node:
+        yield node[TARGET]
+    for child in children:
+        yield from targets(child)
+
+
+def dataclasses_in(annotation: Any) -> Iterator[type]:
+    """The dataclasses that an annotation leads to, through containers and fields."""
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        yield annotation
+        for hint in typing.get_type_hints(annotation).values():
+            yield from dataclasses_in(hint)
+    for argument in typing.get_args(annotation):
+        yield from dataclasses_in(argument)
+
+
+@functools.cache
+def schemas() -> tuple[frozenset[type], frozenset[type]]:
+    """(dataclasses, other classes of ours) that shipped configs fill."""
+    closed = {found for root in STAGES.values() for found in dataclasses_in(root)}
+    named = {
+        name
+        for choice in CHOICES
+        for name in targets(OmegaConf.to_container(composed(choice).node))
+        if name.startswith("cantata.")
+    }
+    plain = set()
+    for target in map(find_target, named):
+        assert isinstance(target, type)
+        if dataclasses.is_dataclass(target):
+            closed.add(target)
+        else:
+            plain.add(target)
+            for hint in typing.get_type_hints(target.__init__).values():
+                closed.update(dataclasses_in(hint))
+    return frozenset(closed), frozenset(plain)
+
+
+def test_every_field_of_a_config_is_read() -> None:
+    """A flag nobody reads is a lie: an attribute of that name is read somewhere besides its own checks."""
+    read: set[str] = set()
+    for file in [*(ROOT / "src").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]:
+        read |= {name for name, where in attributes(ast.parse(file.read_text())) if where != "__post_init__"}
+    closed, _ = schemas()
+    assert len(closed) > 8
+    unread = [f"{c.__name__}.{f.name}" for c in closed for f in dataclasses.fields(c) if f.name not in read]
+    assert unread == []
+
+
+def test_every_argument_of_a_slot_is_read() -> None:
+    _, plain = schemas()
+    assert len(plain) > 4
+    for target in plain:
+        source = textwrap.dedent(inspect.getsource(target.__init__))
+        used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+        parameters = set(inspect.signature(target).parameters)
+        assert parameters - used == set(), target
+
+
+def attributes(tree: ast.AST, function: str = "") -> Iterator[tuple[str, str]]:
+    """Attributes read, with the function they stand in; where `getattr` reads, strings are names."""
+    for node in ast.iter_child_nodes(tree):
+        inside = node.name if isinstance(node, ast.FunctionDef) else function
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            yield node.attr, inside
+        if isinstance(node, ast.FunctionDef) and any(
+            isinstance(part, ast.Name) and part.id == "getattr" for part in ast.walk(node)
+        ):
+            texts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+            yield from ((name, inside) for text in texts for name in str(text).split())
+        yield from attributes(node, inside)
