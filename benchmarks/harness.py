@@ -72,7 +72,11 @@ def environment() -> str:
     """Hardware and versions, for the record beside the figures."""
     import transformers
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
+    )
     return (
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}"

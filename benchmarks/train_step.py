@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py [--quick]
 
-Both hold the same weights in the same precision (bf16), both use fused AdamW, SDPA and grouped expert products.
+Both hold the same weights in bf16; both use fused AdamW, SDPA and grouped expert products.
 Three questions: tokens per second of a step on full rows; peak memory of a step at Aria's own vocabulary; and
 useful tokens per second on the embedded set's real sample lengths, ours packed, the peer's padded.
 """
@@ -145,10 +145,11 @@ def full_rows(vocab_size: int, rows: int, length: int) -> list[Tensor]:
 
 
 def real_lengths(count: int) -> list[Tensor]:
-    """Texts of the embedded set: every third a piece of a play, the others captions with room for 16 features."""
+    """The embedded set: every third a piece of a play, the others captions with room for 16 features."""
+    from tokenizers import Tokenizer
+
     from cantata.core.locate import asset
     from cantata.data.sources import CaptionedImages, TextDocuments
-    from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(asset("embedded:tokenizer.json")))
     emoji = CaptionedImages("embedded:twemoji.parquet", "image", "{name}", "train", 0.05)
@@ -164,8 +165,12 @@ def real_lengths(count: int) -> list[Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer pairs, a smaller vocabulary for the memory figure")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer pairs, a smaller vocabulary for the memory figure"
+    )
     quick = parser.parse_args().quick
     pairs = 3 if quick else 9
     print(harness.environment())

@@ -1,7 +1,7 @@
 """Pretraining: next-token prediction on text and captioned images, from scratch or from weights.
 
-    python recipes/pretrain.py experiment=aria_mini
-    torchrun --nproc-per-node 2 recipes/pretrain.py experiment=aria_mini
+python recipes/pretrain.py experiment=aria_mini
+torchrun --nproc-per-node 2 recipes/pretrain.py experiment=aria_mini
 """
 
 from __future__ import annotations

@@ -32,7 +32,10 @@ def refusal(capfd: pytest.CaptureFixture[str]) -> str:
         ("mesh.ep=2", "mesh.ep=2"),
         ("data.sources.emoji.dataset.path=absent.parquet", "absent.parquet"),
         ("model.weights=absent", "absent"),
-        ("+parameters.visoin={learning_rate: null, weight_decay: null, frozen: true}", "matches no parameter"),
+        (
+            "+parameters.visoin={learning_rate: null, weight_decay: null, frozen: true}",
+            "matches no parameter",
+        ),
         ("checkpoint.resume=absent", "checkpoint.resume=absent"),
     ],
 )
@@ -69,7 +72,9 @@ def image_text(folder: Path, images: list[bytes | None]) -> str:
 
 
 def own_data(path: str, on_error: str = "skip", too_long: str = "drop") -> list[str]:
-    dataset = f"{{_target_: cantata.data.sources.ImageTextFile, path: {path}, split: all, held_out_share: 0.0}}"
+    dataset = (
+        f"{{_target_: cantata.data.sources.ImageTextFile, path: {path}, split: all, held_out_share: 0.0}}"
+    )
     source = f"{{weight: 1.0, on_error: {on_error}, too_long: {too_long}, dataset: {dataset}}}"
     return ["~data.sources.emoji", "~data.sources.plays", f"+data.sources.own={source}", "data.streams=1"]
 

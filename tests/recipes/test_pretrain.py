@@ -13,10 +13,19 @@ import torch
 from cantata.train.preempt import PREEMPTED
 from tests.recipes.runner import final, kill, metrics, pretrain, start, torchrun
 
-CONTRACT = (
-    "step loss grad_norm learning_rate tokens target_tokens tokens_per_second_per_device step_seconds "
-    "data_seconds memory_gib mfu"
-).split()
+CONTRACT = [
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "target_tokens",
+    "tokens_per_second_per_device",
+    "step_seconds",
+    "data_seconds",
+    "memory_gib",
+    "mfu",
+]
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -138,7 +147,15 @@ def test_two_launchers_two_engines_one_curve(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_accelerate_launches_the_recipe(tmp_path: Path) -> None:
     config = Path(__file__).parents[2] / "launch" / "accelerate" / "fsdp2.yaml"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2", "--cpu"]
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "--num_processes",
+        "2",
+        "--cpu",
+    ]
     finish(start(launcher, tmp_path / "run", "train.max_steps=2"))
     assert len(metrics(tmp_path / "run")) == 2
 

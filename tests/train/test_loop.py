@@ -62,7 +62,9 @@ class FakeEngine:
         self.loss, self.norm = loss, norm
         self.calls: list[Any] = []
 
-    def forward_backward(self, batch: Batch, objective: Any, totals: StepTotals, *, last: bool) -> dict[str, Tensor]:
+    def forward_backward(
+        self, batch: Batch, objective: Any, totals: StepTotals, *, last: bool
+    ) -> dict[str, Tensor]:
         self.calls.append(("micro", batch.describe(), totals, last))
         return objective(nn.Identity(), batch, totals).sums
 
@@ -91,7 +93,9 @@ class Recorder:
         self.results.append(result)
 
 
-def run(engine: FakeEngine, config: TrainConfig = CONFIG, start: Progress | None = None, **settings: Any) -> Any:
+def run(
+    engine: FakeEngine, config: TrainConfig = CONFIG, start: Progress | None = None, **settings: Any
+) -> Any:
     recorder = Recorder()
     stop = settings.pop("stop", SimpleNamespace(received=False))
     end = fit(
@@ -135,7 +139,9 @@ def test_a_finished_run_does_nothing() -> None:
     assert (end.step, results, engine.calls) == (3, [], [])
 
 
-@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 0.5), (2.0, float("inf")), (float("inf"), float("nan"))])
+@pytest.mark.parametrize(
+    ("loss", "norm"), [(float("nan"), 0.5), (2.0, float("inf")), (float("inf"), float("nan"))]
+)
 def test_what_is_not_finite_stops_before_the_update_and_names_the_batch(loss: float, norm: float) -> None:
     engine = FakeEngine(loss, norm)
     with pytest.raises(RunError, match=r"step 1: .*not both finite.*source:0; source:1"):
@@ -145,7 +151,9 @@ def test_what_is_not_finite_stops_before_the_update_and_names_the_batch(loss: fl
 
 def test_a_step_without_targets_is_an_error_that_names_the_batch() -> None:
     engine = FakeEngine()
-    with pytest.raises(RunError, match=r"step 1: no token of the batch carries a target \(source:0; source:1\)"):
+    with pytest.raises(
+        RunError, match=r"step 1: no token of the batch carries a target \(source:0; source:1\)"
+    ):
         run(engine, data=batches(targets=0))
     assert engine.calls == []
 
@@ -165,7 +173,8 @@ def test_a_stop_request_ends_after_the_step_that_sees_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("max_steps", 0), ("micro_batch_size", -1), ("eval_every", -1), ("clip_grad_norm", 0.0)]
+    ("key", "value"),
+    [("max_steps", 0), ("micro_batch_size", -1), ("eval_every", -1), ("clip_grad_norm", 0.0)],
 )
 def test_numbers_that_make_no_sense_are_refused(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"train.{key}="):

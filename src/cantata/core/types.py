@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -134,8 +134,11 @@ class Batch:
         return _move(self, device, non_blocking)
 
 
-def _move(record: Any, device: torch.device | str, non_blocking: bool) -> Any:
-    moved = {}
+Record = TypeVar("Record", Batch, Images)
+
+
+def _move(record: Record, device: torch.device | str, non_blocking: bool) -> Record:
+    moved: dict[str, Any] = {}
     for item in fields(record):
         value = getattr(record, item.name)
         if isinstance(value, Tensor):

@@ -72,7 +72,10 @@ class HeldOut:
                     example = source.dataset[index]
                 except DataError:
                     continue
-                if isinstance(example, Document) and {type(part) is str for part in example.parts} == {True, False}:
+                if isinstance(example, Document) and {type(part) is str for part in example.parts} == {
+                    True,
+                    False,
+                }:
                     found.append((f"{name}:{index}", example))
         return found[:: max(1, len(found) // count)][:count]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from itertools import count, cycle
 from typing import Any, NamedTuple
 
@@ -88,8 +89,8 @@ class Streams(IterableDataset[Row | Failure]):
             self._num_streams,
             self._reader.sequence_length,
             self._window,
-            # Every source comes up within a block, and each of its samples within two epochs, even if the good
-            # ones stand first in one and last in the next.
+            # Every source comes up within a block, and each of its samples within two epochs, even if the
+            # good ones stand first in one and last in the next.
             patience=2 * max(BLOCK, sum(self._order.sizes)),
         )
         if state is not None:
@@ -198,6 +199,13 @@ class Loader:
         """(name, samples, share of the samples drawn) of each source."""
         drawn = zip(self.order.names, self.order.sizes, self.order.quotas, strict=True)
         return [(name, size, quota / sum(self.order.quotas)) for name, size, quota in drawn]
+
+    def peek(self) -> Batch:
+        """The next batch, read in this process; the loader stays where it is."""
+        twin = copy(self)
+        twin._num_workers = 0
+        twin._states = dict(self._states)
+        return next(iter(twin))
 
     def dropped(self) -> dict[str, dict[str, int]]:
         """Samples left out since the run began, by source and reason, in this rank's streams."""

@@ -34,26 +34,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs_x, needs_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         rows = max(1, max(_CHUNK_ELEMENTS, weight_VD.numel() // 4) // weight_VD.shape[0])
-        loss_N = x_ND.new_empty(x_ND.shape[0], dtype=torch.float32)
+        loss_N = x_ND.new_empty(len(x_ND), dtype=torch.float32)
         grad_x = torch.empty_like(x_ND) if needs_x else None
-        grad_weight: Tensor | None = None
-        wide = product_dtype(x_ND)
-        weight = weight_VD.to(wide)
-        for start in range(0, x_ND.shape[0], rows):
+        # One product needs no sum in fp32.
+        sum_dtype = weight_VD.dtype if len(x_ND) <= rows else torch.float32
+        grad_weight = torch.zeros_like(weight_VD, dtype=sum_dtype) if needs_weight else None
+        weight = weight_VD.to(product_dtype(x_ND))
+        for start in range(0, len(x_ND), rows):
             part = slice(start, start + rows)
-            x = x_ND[part].to(wide)
-            logits = x @ weight.t()
-            loss_N[part] = _softmax_minus_one_hot_(logits, labels_N[part])
-            if grad_x is not None:
-                grad_x[part] = logits @ weight
-            if needs_weight:
-                product = logits.t() @ x
-                if rows >= x_ND.shape[0]:
-                    grad_weight = product
-                else:
-                    grad_weight = product.float() if grad_weight is None else grad_weight.add_(product)
-        if needs_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight_VD)
+            grad_part = None if grad_x is None else grad_x[part]
+            loss_N[part] = _one_chunk(x_ND[part], weight, labels_N[part], grad_part, grad_weight)
         ctx.grads = (grad_x, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(loss_N)
@@ -71,6 +61,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad).to(ctx.weight_dtype)
         return grad_x, grad_weight, None, None
+
+
+def _one_chunk(
+    x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None
+) -> Tensor:
+    """Losses of a few rows; writes their gradient, and adds to the weight's."""
+    x = x_ND.to(weight_VD.dtype)
+    logits = x @ weight_VD.t()
+    loss_N = _softmax_minus_one_hot_(logits, labels_N)
+    if grad_x is not None:
+        grad_x.copy_(logits @ weight_VD)
+    if grad_weight is not None and grad_weight.dtype == logits.dtype:
+        grad_weight.addmm_(logits.t(), x)
+    elif grad_weight is not None:
+        grad_weight.add_(logits.t() @ x)
+    return loss_N
 
 
 def _softmax_minus_one_hot_(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from cantata.core.errors import RunError
 from cantata.core.locate import recipes_dir
 
 PLAN = """\
-A small Aria (vision tower, projector, mixture-of-experts decoder) learns, from random weights, to name emoji and \
-to write like a play, on the data inside this package. Nothing is downloaded.
+A small Aria (vision tower, projector, mixture-of-experts decoder) learns, from random weights, to \
+name emoji and to write like a play, on the data inside this package. Nothing is downloaded.
 
   1. pretrain experiment=aria_mini into [bold]{out}[/bold]: under four minutes on two CPU cores
   2. captions of held-out emoji, and the held-out loss before and after
@@ -60,7 +60,9 @@ def show(console: Console, out: Path) -> None:
         table.add_row(trained["truth"], untrained["caption"][:40], trained["caption"][:60])
     console.print()
     console.print(table)
-    console.print(f"held-out loss before {before:.4f}, after {after:.4f}; everything is in {out}", highlight=False)
+    console.print(
+        f"held-out loss before {before:.4f}, after {after:.4f}; everything is in {out}", highlight=False
+    )
 
 
 def held_out_losses(path: Path) -> tuple[float, float]:

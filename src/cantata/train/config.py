@@ -25,17 +25,25 @@ class TrainConfig:
     log_every: int
     """Steps between two lines of `metrics.jsonl`."""
     eval_every: int
-    """Steps between two evaluations on the held-out samples; 0 never evaluates, else the start and the end do too."""
+    """Steps between two evaluations on the held-out samples, made at the start and the end too; 0: never."""
     recompute: Recompute
     """Activations that backward computes again: `none`, `selective` (keeps matrix products) or `full`."""
     compile: bool
     """Compile each block with `torch.compile`."""
 
     def __post_init__(self) -> None:
-        for key in ("max_steps", "micro_batch_size", "gradient_accumulation_steps", "sequence_length", "log_every"):
+        for key in (
+            "max_steps",
+            "micro_batch_size",
+            "gradient_accumulation_steps",
+            "sequence_length",
+            "log_every",
+        ):
             if getattr(self, key) < 1:
                 raise ConfigError(f"train.{key}={getattr(self, key)} must be at least 1")
         if self.eval_every < 0:
             raise ConfigError(f"train.eval_every={self.eval_every} must be 0 (never) or a number of steps")
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
-            raise ConfigError(f"train.clip_grad_norm={self.clip_grad_norm} must be above 0, or null for no clipping")
+            raise ConfigError(
+                f"train.clip_grad_norm={self.clip_grad_norm} must be above 0, or null for no clipping"
+            )

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from cantata.core.errors import ConfigError
 from cantata.core.types import Batch, StepTotals
 from cantata.models.protocol import Unit
-from cantata.parallel.materialize import RandomInit, Source
+from cantata.parallel.materialize import InitialValues, Source
 from cantata.parallel.plan import Divisible, apply_plan
 from cantata.parallel.recompute import Recompute
 from cantata.train.deepspeed_setup import allocate, gather_whole_blocks, import_deepspeed, quiet, settings
@@ -100,7 +100,7 @@ class DeepSpeedEngine:
         self.summary = describe_groups(groups, model)
         self.settings = f"deepspeed, ZeRO {zero_stage}, {precision.value}, offload {offload.value}"
 
-        derived = RandomInit(model, seed=0)
+        values = InitialValues(model, source)
         config = settings(zero_stage, precision, offload, device)
         apply_plan(model, device_type=mesh.device_type, recompute=recompute, compile=compile, sharding=None)
         if zero_stage == 3:
@@ -116,7 +116,7 @@ class DeepSpeedEngine:
             self._engine, *_ = library.initialize(model=model, optimizer=self._optimizer, config=config)
         self._stage = _stage(self._engine, zero_stage, named, masters)
         self._state = WholeState(self._stage, self._optimizer, model, shapes, device)
-        self._state.fill(source, derived)
+        self._state.fill(values)
         # Stage 3 can only average over ranks; the loss makes up for it, exactly where this is a power of two.
         self._loss_scale = float(mesh.size()) if zero_stage == 3 else 1.0
 

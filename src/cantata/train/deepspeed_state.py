@@ -38,12 +38,12 @@ class WholeState:
             ConfigError: the optimizer is not of the Adam family.
         """
         self.stage = stage
+        self.model = model
         self.optimizer = optimizer
         self.shapes = shapes
         self.device = device
         saved = {name for name, _ in persistent_tensors(model)}
         self.buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-        self.unsaved_buffers = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
         self.moments = start_adam(optimizer, stage.flats())
         # Every trained parameter takes part in every update, so one count is true of all.
         self.counts = [f"optimizer.{name}.{_STEP}" for name in stage.trained]
@@ -52,10 +52,10 @@ class WholeState:
         self.owners = {key: index % dist.get_world_size() for index, key in enumerate(keys)}
 
     @torch.no_grad()
-    def fill(self, source: Source, derived: Source) -> None:
+    def fill(self, source: Source) -> None:
         """Write every parameter in fp32 into its master, and round the masters into the model's weights.
 
-        A rank reads only the rows that its fragment touches. Buffers that are not saved come from `derived`.
+        A rank reads only the rows that its fragment touches. `source` holds the buffers too.
         """
         for flat in self.stage.flats():
             flat.zero_()
@@ -67,10 +67,8 @@ class WholeState:
                 rows, within = fragment.rows(shape)
                 part = source.read(name, (rows, *_all(shape[1:])) if shape else ())
                 fragment.of(fragment.flat).copy_(part.reshape(-1)[within])
-        for name, buffer in self.buffers.items():
+        for name, buffer in self.model.named_buffers():
             buffer.copy_(source.read(name, _all(buffer.shape)))
-        for name, buffer in self.unsaved_buffers.items():
-            buffer.copy_(derived.read(name, _all(buffer.shape)))
         self.stage.refresh()
 
     @torch.no_grad()

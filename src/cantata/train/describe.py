@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from cantata.core import dist
+from cantata.core.build import build
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
 from cantata.models.protocol import LanguageModel
@@ -15,6 +17,8 @@ from cantata.train.engine import Engine
 from cantata.train.evaluate import Evaluation
 from cantata.train.flops import device_name
 from cantata.train.listeners import Telemetry
+from cantata.train.memory import MemoryEstimate, estimate_memory, layout_of
+from cantata.train.optim import optimizer_defaults, parameter_groups
 from cantata.train.progress import Summary
 from cantata.train.stage import LanguageStage
 from cantata.train.startup import Experts, GroupRow, SourceRow, StartupReport
@@ -31,12 +35,33 @@ def experts(model: LanguageModel) -> Experts | None:
     return Experts(len(layers), num_experts, top_k, total, total - routed + routed * top_k // num_experts)
 
 
+def memory(stage: LanguageStage, model: nn.Module, loader: Loader) -> MemoryEstimate | None:
+    """What a rank will need; called before an engine takes the model, and answered by rank 0 alone.
+
+    It is found on a batch like those to come, run through the model without data.
+    """
+    if not dist.is_main():
+        return None
+    assert isinstance(model, LanguageModel)
+    parameter_groups(model, stage.parameters, *optimizer_defaults(build(stage.optimizer)))
+    layout = layout_of(stage.engine, validate(stage.mesh, dist.world_size()).dp_shard, dist.world_size())
+    return estimate_memory(
+        model,
+        layout,
+        loader.peek(),
+        stage.train.recompute,
+        torch.device("meta"),
+        stage.train.gradient_accumulation_steps,
+    )
+
+
 def report(
     stage: LanguageStage,
     kind: str,
     model: LanguageModel,
     engine: Engine,
     experts: Experts | None,
+    memory: MemoryEstimate | None,
     loader: Loader,
     held_out: HeldOut,
     start_step: int,
@@ -44,7 +69,9 @@ def report(
 ) -> StartupReport:
     """What this run is about to do."""
     train = stage.train
-    tokens = train.micro_batch_size * train.sequence_length * train.gradient_accumulation_steps * dist.world_size()
+    tokens = (
+        train.micro_batch_size * train.sequence_length * train.gradient_accumulation_steps * dist.world_size()
+    )
     return StartupReport(
         stage=kind,
         name=stage.name,
@@ -55,7 +82,9 @@ def report(
         world_size=dist.world_size(),
         device=device_name(dist.device()),
         versions=f"torch {torch.__version__}",
-        groups=[GroupRow(row.name, row.parameters, row.learning_rate, row.weight_decay) for row in engine.summary],
+        groups=[
+            GroupRow(row.name, row.parameters, row.learning_rate, row.weight_decay) for row in engine.summary
+        ],
         experts=experts,
         sources=[SourceRow(name, size, share) for name, size, share in loader.shares()],
         held_out=[SourceRow(f"{name} (held out)", size, None) for name, size in held_out.sizes().items()],
@@ -63,7 +92,7 @@ def report(
         micro_batch_size=train.micro_batch_size,
         sequence_length=train.sequence_length,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
-        memory=None,
+        memory=memory,
         flops_per_step=tokens * model.flops_per_token(train.sequence_length),
         notes=notes,
     )
@@ -78,7 +107,12 @@ def origin(stage: LanguageStage, start_step: int) -> str:
 
 
 def summary(
-    stage: LanguageStage, finished: bool, step: int, seconds: float, telemetry: Telemetry, evaluation: Evaluation
+    stage: LanguageStage,
+    finished: bool,
+    step: int,
+    seconds: float,
+    telemetry: Telemetry,
+    evaluation: Evaluation,
 ) -> Summary:
     """How the run ended."""
     return Summary(

@@ -40,7 +40,9 @@ class Engine(Protocol):
     settings: str
     """The engine and its options in one line, for the start-up report."""
 
-    def forward_backward(self, batch: Batch, objective: Objective, totals: StepTotals, *, last: bool) -> dict[str, Tensor]:
+    def forward_backward(
+        self, batch: Batch, objective: Objective, totals: StepTotals, *, last: bool
+    ) -> dict[str, Tensor]:
         """Add this micro-batch's gradients; returns the objective's sums.
 
         `last` marks the step's final micro-batch.
@@ -62,7 +64,7 @@ class Engine(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Tensors under layout-independent names: `model.<parameter>`, `optimizer.<parameter>.<state>`.
 
-        Sharded (DTensor) or whole. A whole tensor may be offered by rank 0 alone.
+        Sharded (DTensor) or whole. A whole tensor may be offered by one rank alone.
         """
         ...
 

@@ -55,7 +55,9 @@ class Evaluation:
         if self._every:
             record = self._pass(step=0)
             self.first_loss = self.last_loss
-            self._initial = {name.replace("eval/", "eval/initial/", 1): value for name, value in record.items()}
+            self._initial = {
+                name.replace("eval/", "eval/initial/", 1): value for name, value in record.items()
+            }
 
     def after_step(self, result: StepResult) -> None:
         result.extra.update(self._initial)

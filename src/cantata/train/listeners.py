@@ -29,7 +29,7 @@ class ExpertBias:
 
 
 class Telemetry:
-    """Writes a metrics line every `log_every` steps, after the last one, and whenever a listener added to it."""
+    """Writes a metrics line every `log_every` steps, after the last one, and where a listener adds to it."""
 
     def __init__(
         self,
@@ -61,10 +61,19 @@ class Telemetry:
 
 
 class Saving:
-    """Saves every `checkpointer.every` steps and after the last one; the last listener, so its step is told already."""
+    """Saves every `checkpoint.every` steps and after the last one.
+
+    It is the last listener: a step's metrics line must be written before its checkpoint.
+    """
 
     def __init__(
-        self, checkpointer: Checkpointer, engine: Engine, loader: Loader, window: Window, console: Console, max_steps: int
+        self,
+        checkpointer: Checkpointer,
+        engine: Engine,
+        loader: Loader,
+        window: Window,
+        console: Console,
+        max_steps: int,
     ) -> None:
         self._checkpointer = checkpointer
         self._engine = engine
@@ -75,7 +84,7 @@ class Saving:
         self._untold: int | None = None
 
     def resume(self) -> Progress:
-        """Continue from the checkpoint that the run's configuration asks for; a fresh start where there is none."""
+        """Continue from the checkpoint that the configuration asks for, or start anew where there is none."""
         path = self._checkpointer.resume_from()
         if path is None:
             return Progress()

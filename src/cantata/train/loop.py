@@ -126,8 +126,8 @@ def check_finite(loss_sum: float, grad_norm: float, micro_batches: list[Batch], 
     if math.isfinite(loss_sum) and math.isfinite(grad_norm):
         return
     raise RunError(
-        f"step {step}: loss sum {loss_sum:g} and gradient norm {grad_norm:g} are not both finite; nothing was "
-        f"updated. Batch: {describe(micro_batches)}"
+        f"step {step}: loss sum {loss_sum:g} and gradient norm {grad_norm:g} are not both finite; nothing "
+        f"was updated. Batch: {describe(micro_batches)}"
     )
 
 

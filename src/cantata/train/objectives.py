@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cantata.core.types import MODALITIES, Batch, ModelOutput, StepTotals
+from cantata.nn.moe.router import count
 from cantata.train.engine import Loss
 
 
@@ -19,14 +20,16 @@ class NextToken:
     def __call__(self, model: nn.Module, batch: Batch, totals: StepTotals) -> Loss:
         output: ModelOutput = model(batch)
         value = output.loss_sum / totals.target_tokens
-        targets_M = torch.bincount(batch.target_modality_N, minlength=len(MODALITIES))
+        targets_M = count(batch.target_modality_N, len(MODALITIES))
         sums = {
             "loss_sum": output.loss_sum.detach(),
             "loss_sum_M": torch.zeros(len(MODALITIES), device=output.loss_N.device).index_add(
                 0, batch.target_modality_N, output.loss_N
             ),
             "targets_M": targets_M,
-            "squared_lengths": torch.tensor(float(sum(n * n for n in batch.samples.lengths))).to(output.loss_N.device),
+            "squared_lengths": torch.tensor(float(sum(n * n for n in batch.samples.lengths))).to(
+                output.loss_N.device
+            ),
         }
         if output.router is not None:
             share = batch.num_tokens / totals.tokens

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, Metadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from cantata.core.errors import RunError
 
@@ -90,6 +89,6 @@ class RestrictedReader(FileSystemReader):
         super().__init__(checkpoint)
         self._checkpoint = checkpoint
 
-    def read_metadata(self) -> Metadata:  # type: ignore[override]
+    def read_metadata(self) -> Metadata:
         """See `read_metadata`."""
         return read_metadata(self._checkpoint)

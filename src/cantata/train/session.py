@@ -16,7 +16,7 @@ from cantata.core.logging import logging_to
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
 from cantata.models.protocol import LanguageModel
-from cantata.train import describe, startup
+from cantata.train import describe, rng, startup
 from cantata.train.checkpoint import Checkpointer, fingerprint
 from cantata.train.engine import Engine, Objective
 from cantata.train.evaluate import Evaluation, evaluate
@@ -30,7 +30,7 @@ from cantata.train.stage import LanguageStage, build_engine
 from cantata.train.window import Device, Window
 
 ShowModel = Callable[[int, Engine], list[str]]
-"""Lines that show what the model does at a step (captions, say); a collective, called after each evaluation."""
+"""Lines that show what the model does (captions, say); a collective, called after each evaluation."""
 
 
 def run_session(
@@ -57,7 +57,9 @@ def run_session(
     assert isinstance(model, LanguageModel)
     began = time.monotonic()
     stop = StopRequest()
+    rng.seed_all(stage.seed, dist.rank())
     shape, experts = fingerprint(model), describe.experts(model)
+    memory = describe.memory(stage, model, loader)
     engine = build_engine(stage, model)
     with ExitStack() as closing:
         checkpointer = Checkpointer(stage.out, stage.checkpoint, shape)
@@ -73,7 +75,9 @@ def run_session(
         sinks = open_sinks(stage.logger, stage.out, stage.name, resolved, start.step or None, dist.rank())
         closing.callback(sinks.close)
 
-        report = describe.report(stage, kind, model, engine, experts, loader, held_out, start.step, sinks.notices)
+        report = describe.report(
+            stage, kind, model, engine, experts, memory, loader, held_out, start.step, sinks.notices
+        )
         if dist.is_main():
             startup.write(report)
         console.on_start(report, start.step)
@@ -104,5 +108,7 @@ def run_session(
         saving.save(end)
         saving.finish()
         finished = end.step >= stage.train.max_steps
-        console.on_end(describe.summary(stage, finished, end.step, time.monotonic() - began, telemetry, evaluation))
+        console.on_end(
+            describe.summary(stage, finished, end.step, time.monotonic() - began, telemetry, evaluation)
+        )
     return 0 if finished else PREEMPTED

@@ -76,7 +76,7 @@ def build_data(stage: LanguageStage) -> tuple[Loader, HeldOut]:
 
 
 def build_engine(stage: LanguageStage, model: nn.Module) -> Engine:
-    """The engine that `engine` names, with the model spread over the mesh and filled with its first values."""
+    """The engine that `engine` names, with the model spread over the mesh and given its first values."""
     device = dist.device()
     engine: Engine = build(
         stage.engine,
