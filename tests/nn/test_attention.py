@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from cantata.core.types import Segments
 from cantata.nn.attention import PackedAttention
@@ -82,3 +83,20 @@ def test_half_precision_is_close_to_fp32() -> None:
 def test_unequal_numbers_of_segments_are_refused() -> None:
     with pytest.raises(ValueError, match="1 query segments but 2 key segments"):
         PackedAttention(Segments((3,)), Segments((1, 2)), causal=False)
+
+
+def test_a_new_layout_is_not_a_new_compilation() -> None:
+    counter = CompileCounter()
+    q, k, v = torch.randn(3, 12, 4, 8)
+
+    def block(attend: PackedAttention) -> Tensor:
+        return attend(q * 2, k, v) + 1
+
+    compiled = torch.compile(block, backend=counter)
+    frames = []
+    for lengths in ((12,), (5, 7), (3, 3, 3), (1, 10)):
+        attend = PackedAttention(Segments(lengths), causal=True)
+        torch.testing.assert_close(compiled(attend), block(attend))
+        frames.append(counter.frame_count)
+    assert frames[0] > 0
+    assert len(set(frames)) == 1

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
@@ -75,7 +76,7 @@ def command(out: Path, *overrides: str) -> list[str]:
 
 
 def start(launcher: Sequence[str], out: Path, *overrides: str) -> subprocess.Popen[str]:
-    """Start the recipe in a process group of its own, with one thread a process."""
+    """Start the recipe with one thread a process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HYDRA_FULL_ERROR": "0"}
     return subprocess.Popen(
         [sys.executable, *launcher, *command(out, *overrides)],
@@ -83,7 +84,6 @@ def start(launcher: Sequence[str], out: Path, *overrides: str) -> subprocess.Pop
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -93,8 +93,11 @@ def torchrun(processes: int) -> list[str]:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """kill -9 for the launcher and everything it started."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """kill -9 for the launcher and everything it started; torchrun's workers are no part of its group."""
+    launcher = psutil.Process(process.pid)
+    for one in (launcher, *launcher.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
     process.communicate()
 
 

@@ -83,25 +83,25 @@ def test_a_longer_run_continues_a_finished_one_bit_for_bit(tmp_path: Path) -> No
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kill_9_and_the_same_command_end_bit_for_bit_alike(tmp_path: Path, processes: int) -> None:
     """Killed once at a random step and once while a checkpoint is written."""
-    settings = ("train.max_steps=12", "checkpoint.every=2", "data.num_workers=1")
+    settings = ("train.max_steps=40", "checkpoint.every=4", "data.num_workers=1")
     launcher = torchrun(2) if processes == 2 else []
     finish(start(launcher, tmp_path / "whole", *settings))
 
     out = tmp_path / "killed"
     rng = random.Random(processes)
-    random_step, saving_from = rng.randint(3, 5), 7
+    random_step, saving_from = rng.randint(5, 9), 14
     run = start(launcher, out, *settings)
     wait_for(run, lambda: len(metrics(out)) >= random_step)
     kill(run)
     run = start(launcher, out, *settings)
     wait_for(run, lambda: len(metrics(out)) >= saving_from and any(out.glob("checkpoints/*.incomplete")))
     kill(run)
-    assert any(out.glob("checkpoints/*.incomplete")) or (out / "LATEST").exists()
+    assert len(metrics(out)) < 40
     finish(start(launcher, out, *settings))
 
     same(final(tmp_path / "whole"), final(out))
     told, wanted = metrics(out), metrics(tmp_path / "whole")
-    assert [line["step"] for line in told] == list(range(1, 13))
+    assert [line["step"] for line in told] == list(range(1, 41))
     assert [line["loss"] for line in told] == [line["loss"] for line in wanted]
     assert not list(out.glob("checkpoints/*.incomplete"))
 

@@ -72,7 +72,8 @@ class PackedAttention:
         if len(set(self.queries.lengths)) == len(set(self.keys.lengths)) == 1:
             count = len(self.queries.lengths)
             out = self._one_call(_side_by_side(q, count), _side_by_side(k, count), _side_by_side(v, count))
-            return out.transpose(1, 2).flatten(0, 1).to(dtype)
+            # Contiguous, as from the other path: compiled code checks strides.
+            return out.transpose(1, 2).flatten(0, 1).to(dtype).contiguous()
         queries, keys = list(self.queries.lengths), list(self.keys.lengths)
         parts = zip(
             torch.split(q.transpose(0, 1)[None], queries, dim=2),
@@ -80,8 +81,7 @@ class PackedAttention:
             torch.split(v.transpose(0, 1)[None], keys, dim=2),
             strict=True,
         )
-        out = torch.cat([self._one_call(*part) for part in parts], dim=2)
-        return out[0].transpose(0, 1).to(dtype)
+        return torch.cat([self._one_call(*part)[0].transpose(0, 1) for part in parts]).to(dtype)
 
     def _one_call(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         gqa = q.shape[1] != k.shape[1]

@@ -12,7 +12,7 @@ from cantata.nn.matmul import product_dtype
 
 _CHUNK_ELEMENTS = 2**24
 """Logits that exist at a time, unless the weight is so large that a quarter of it is more."""
-_STRIP_ELEMENTS = 2**19
+_STRIP_ELEMENTS = 2**18
 """Logits that are softmaxed in fp32 at a time on the CPU: what its cache holds."""
 
 

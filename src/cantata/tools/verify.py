@@ -185,7 +185,7 @@ def compare(native: Aria, reference: Any, layout: AriaLayout, seed: int) -> Iter
         zero = torch.zeros_like(parameter)
         gradient = zero if parameter.grad is None else parameter.grad
         expected = zero if expected is None else expected.reshape(parameter.shape)
-        # A key bias moves all scores of a query alike: its true gradient is 0, so the query bias's is the scale.
+        # A key bias moves all scores of a query alike, so its gradient is 0: the query bias's is the scale.
         scale_of = gradients[key.replace("k_proj.bias", "q_proj.bias")]
         error = relative_error(gradient, expected, scale_of if key.endswith("k_proj.bias") else expected)
         yield Check(f"gradient of {name}", error, GRADIENT_BOUND)
