@@ -172,7 +172,7 @@ def main() -> None:
         "--quick", action="store_true", help="fewer pairs, a smaller vocabulary for the memory figure"
     )
     quick = parser.parse_args().quick
-    pairs = 3 if quick else 9
+    pairs = 3 if quick else 7
     print(harness.environment())
 
     ours = our_model(8192)
@@ -184,7 +184,7 @@ def main() -> None:
     harness.figure("tokens_per_second", 4 * 512 / own, "tokens/s (ours)")
     harness.figure("tokens_per_second_peer", 4 * 512 / theirs, "tokens/s (transformers)")
 
-    samples = real_lengths(48)
+    samples = real_lengths(24)
     useful = sum(len(ids) for ids in samples)
     own, theirs, packing = harness.alternate(our_step(ours, samples), peer_step(peer, samples), pairs)
     harness.figure("useful_tokens_per_second", useful / own, "tokens/s (ours, packed)")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,9 @@ def test_background_saves_hold_the_values_of_their_moment(tmp_path: Path) -> Non
 
 
 def test_a_step_saved_twice_is_written_once(tmp_path: Path, checkpoints: Checkpointer) -> None:
-    checkpoints.save(1, engine(1), {}, {})
+    assert checkpoints.save(1, engine(1), {}, {})
     before = (tmp_path / "checkpoints" / "step-00000001" / "state.json").stat()
-    checkpoints.save(1, engine(2), {}, {})
+    assert not checkpoints.save(1, engine(2), {}, {})
     assert (tmp_path / "checkpoints" / "step-00000001" / "state.json").stat() == before
 
 
@@ -144,6 +145,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(
     with pytest.raises(RunError, match=r"step 2 .*No space left on device.*step-00000001") as caught:  # noqa: PT012
         checkpoints.save(2, engine(2), {}, {})
         assert background, "a blocking save must fail at once"
+        wait([checkpoints._pending])
+        assert not checkpoints.is_saved
         checkpoints.save(3, engine(3), {}, {})
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == ["step-00000001"]

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from cantata.core.errors import RunError
 from cantata.core.locate import recipes_dir
@@ -34,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     out = Path(arguments.out)
     console = Console()
-    console.print(Panel(PLAN.format(out=out), title="Cantata", width=min(console.width, 88)))
+    console.print(Panel(PLAN.format(out=escape(str(out))), title="Cantata", width=min(console.width, 88)))
     command = [sys.executable, str(recipes_dir() / "pretrain.py"), "experiment=aria_mini", f"out={out}"]
     code = subprocess.run([*command, *arguments.overrides], check=False).returncode
     if code:
@@ -57,11 +59,15 @@ def show(console: Console, out: Path) -> None:
     for column in ("emoji", "untrained model says", "trained model says"):
         table.add_column(column, overflow="fold")
     for untrained, trained in zip(first, last, strict=True):
-        table.add_row(trained["truth"], untrained["caption"][:40], trained["caption"][:60])
+        # Plain text: what a model says may look like markup.
+        cells = (trained["truth"], untrained["caption"][:40], trained["caption"][:60])
+        table.add_row(*(Text(cell) for cell in cells))
     console.print()
     console.print(table)
     console.print(
-        f"held-out loss before {before:.4f}, after {after:.4f}; everything is in {out}", highlight=False
+        f"held-out loss before {before:.4f}, after {after:.4f}; everything is in {out}",
+        highlight=False,
+        markup=False,
     )
 
 

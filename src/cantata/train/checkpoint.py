@@ -95,9 +95,9 @@ class Checkpointer:
         return self._config.every
 
     @property
-    def is_idle(self) -> bool:
-        """No save is under way on this rank; unlike the other methods this is no collective."""
-        return self._pending is None or self._pending.done()
+    def is_saved(self) -> bool:
+        """The last save is complete on this rank, not failed; unlike the other methods no collective."""
+        return self._pending is None or (self._pending.done() and self._pending.exception() is None)
 
     def path(self, step: int) -> Path:
         """Where the complete checkpoint of a step stands."""
@@ -115,10 +115,10 @@ class Checkpointer:
 
     def save(
         self, step: int, engine: Engine, loader_state: Mapping[str, Any], extra: Mapping[str, Any]
-    ) -> None:
+    ) -> bool:
         """Write step `step`; in background mode return once the tensors are copied to host memory.
 
-        Saving the step that was just saved or loaded does nothing.
+        Saving the step that was just saved or loaded does nothing and returns False.
 
         Args:
             loader_state: JSON values by logical stream; every rank gives its own streams.
@@ -129,7 +129,7 @@ class Checkpointer:
         """
         self.wait()
         if step == self._last_step:
-            return
+            return False
         tensors = engine.state_dict()
         tensors |= {f"rng.{self._rank}.{name}": state for name, state in rng.capture().items()}
         document = {
@@ -145,6 +145,7 @@ class Checkpointer:
         else:
             self._write(step, tensors, document)
         self._last_step = step
+        return True
 
     def wait(self) -> None:
         """Return when no save is under way; raises `RunError` if the last one failed."""

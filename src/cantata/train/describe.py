@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +23,20 @@ from cantata.train.optim import optimizer_defaults, parameter_groups
 from cantata.train.progress import Summary
 from cantata.train.stage import LanguageStage
 from cantata.train.startup import Experts, GroupRow, SourceRow, StartupReport
+
+
+class Needs(NamedTuple):
+    """What only the whole, unsharded model can tell."""
+
+    experts: Experts | None
+    memory: MemoryEstimate | None
+    """Known on rank 0 alone."""
+
+
+def needs(stage: LanguageStage, model: nn.Module, loader: Loader) -> Needs:
+    """Asked for before an engine takes the model apart."""
+    assert isinstance(model, LanguageModel)
+    return Needs(experts(model), memory(stage, model, loader))
 
 
 def experts(model: LanguageModel) -> Experts | None:
@@ -60,8 +75,7 @@ def report(
     kind: str,
     model: LanguageModel,
     engine: Engine,
-    experts: Experts | None,
-    memory: MemoryEstimate | None,
+    needs: Needs,
     loader: Loader,
     held_out: HeldOut,
     start_step: int,
@@ -85,14 +99,14 @@ def report(
         groups=[
             GroupRow(row.name, row.parameters, row.learning_rate, row.weight_decay) for row in engine.summary
         ],
-        experts=experts,
+        experts=needs.experts,
         sources=[SourceRow(name, size, share) for name, size, share in loader.shares()],
         held_out=[SourceRow(f"{name} (held out)", size, None) for name, size in held_out.sizes().items()],
         max_steps=train.max_steps,
         micro_batch_size=train.micro_batch_size,
         sequence_length=train.sequence_length,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
-        memory=memory,
+        memory=needs.memory,
         flops_per_step=tokens * model.flops_per_token(train.sequence_length),
         notes=notes,
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from cantata.core import dist
+from cantata.core.errors import RunError
 from cantata.core.types import Batch, StepTotals
 from cantata.train.engine import Engine, Objective
 from cantata.train.loop import StepResult
@@ -17,14 +18,23 @@ UNSCALED = StepTotals(tokens=1, target_tokens=1)
 
 
 def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch]) -> Record:
-    """The metrics of one pass. Every rank must be given the same number of batches."""
+    """The metrics of one pass. Every rank must be given the same number of batches.
+
+    Raises `RunError` where there is none: every held-out sample was left out.
+    """
     model = engine.model
     model.eval()
-    sums = StepSums()
+    sums, empty = StepSums(), True
     with torch.no_grad():
         for batch in batches:
+            empty = False
             sums.add(objective(model, batch.to(dist.device()), UNSCALED).sums)
     model.train()
+    if empty:
+        raise RunError(
+            "evaluation: every held-out sample was left out (unreadable, or longer than "
+            "train.sequence_length); mend data.held_out, or set train.eval_every=0"
+        )
     return evaluation_metrics(sums.reduced())
 
 

@@ -101,12 +101,13 @@ class Saving:
             self.save(result.progress)
 
     def save(self, progress: Progress) -> None:
-        """Save now, unless this step is saved already."""
+        """Save now, unless this step is saved already; the save before it must have ended well."""
+        self.finish()
         state = self._loader.state_dict()
         streams = state.pop("streams")
         extra = {"progress": asdict(progress), "loader": state, "window": self._window.state_dict()}
-        self._checkpointer.save(progress.step, self._engine, streams, extra)
-        self._untold = progress.step
+        if self._checkpointer.save(progress.step, self._engine, streams, extra):
+            self._untold = progress.step
         self._tell()
 
     def finish(self) -> None:
@@ -115,6 +116,6 @@ class Saving:
         self._tell()
 
     def _tell(self) -> None:
-        if self._untold is not None and self._checkpointer.is_idle:
+        if self._untold is not None and self._checkpointer.is_saved:
             self._console.on_checkpoint(self._untold, self._checkpointer.path(self._untold))
             self._untold = None

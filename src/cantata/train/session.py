@@ -21,7 +21,7 @@ from cantata.train.checkpoint import Checkpointer, fingerprint
 from cantata.train.engine import Engine, Objective
 from cantata.train.evaluate import Evaluation, evaluate
 from cantata.train.listeners import ExpertBias, Saving, Telemetry
-from cantata.train.loggers import open_sinks
+from cantata.train.loggers import Sinks, open_sinks
 from cantata.train.loop import Listener, fit
 from cantata.train.metrics import Record
 from cantata.train.preempt import PREEMPTED, StopRequest
@@ -58,8 +58,7 @@ def run_session(
     began = time.monotonic()
     stop = StopRequest()
     rng.seed_all(stage.seed, dist.rank())
-    shape, experts = fingerprint(model), describe.experts(model)
-    memory = describe.memory(stage, model, loader)
+    shape, needs = fingerprint(model), describe.needs(stage, model, loader)
     engine = build_engine(stage, model)
     with ExitStack() as closing:
         checkpointer = Checkpointer(stage.out, stage.checkpoint, shape)
@@ -74,41 +73,54 @@ def run_session(
         save_config(resolved, stage.out / "config.yaml")
         sinks = open_sinks(stage.logger, stage.out, stage.name, resolved, start.step or None, dist.rank())
         closing.callback(sinks.close)
-
         report = describe.report(
-            stage, kind, model, engine, experts, memory, loader, held_out, start.step, sinks.notices
+            stage, kind, model, engine, needs, loader, held_out, start.step, sinks.notices
         )
         if dist.is_main():
             startup.write(report)
         console.on_start(report, start.step)
 
-        def run_evaluation() -> Record:
-            return evaluate(engine, objective, held_out)
-
-        def tell_evaluation(step: int, record: Record) -> None:
-            console.on_eval(step, record)
-            for line in show_model(step, engine):
-                console.on_note(line)
-
-        every = stage.train.eval_every if len(held_out) else 0
-        evaluation = Evaluation(run_evaluation, tell_evaluation, every, stage.train.max_steps)
+        evaluation = _evaluation(stage, engine, objective, held_out, console, show_model)
         if start.step == 0:
             evaluation.before_first_step()
-        telemetry = Telemetry(
-            window,
-            sinks,
-            console,
-            base_learning_rate=stage.optimizer["lr"],
-            log_every=stage.train.log_every,
-            max_steps=stage.train.max_steps,
-        )
+        telemetry = _telemetry(stage, window, sinks, console)
         bias = ExpertBias(model.moe_layers(), model.expert_bias_update_rate)
         listeners: list[Listener] = [bias, evaluation, telemetry, saving]
         end = fit(engine, objective, iter(loader), build(stage.schedule), stage.train, listeners, start, stop)
         saving.save(end)
         saving.finish()
         finished = end.step >= stage.train.max_steps
-        console.on_end(
-            describe.summary(stage, finished, end.step, time.monotonic() - began, telemetry, evaluation)
-        )
+        seconds = time.monotonic() - began
+        console.on_end(describe.summary(stage, finished, end.step, seconds, telemetry, evaluation))
     return 0 if finished else PREEMPTED
+
+
+def _evaluation(
+    stage: LanguageStage,
+    engine: Engine,
+    objective: Objective,
+    held_out: HeldOut,
+    console: Console,
+    show_model: ShowModel,
+) -> Evaluation:
+    def run() -> Record:
+        return evaluate(engine, objective, held_out)
+
+    def tell(step: int, record: Record) -> None:
+        console.on_eval(step, record)
+        for line in show_model(step, engine):
+            console.on_note(line)
+
+    every = stage.train.eval_every if len(held_out) else 0
+    return Evaluation(run, tell, every, stage.train.max_steps)
+
+
+def _telemetry(stage: LanguageStage, window: Window, sinks: Sinks, console: Console) -> Telemetry:
+    return Telemetry(
+        window,
+        sinks,
+        console,
+        base_learning_rate=stage.optimizer["lr"],
+        log_every=stage.train.log_every,
+        max_steps=stage.train.max_steps,
+    )

@@ -1,0 +1,87 @@
+"""What the start-up report and the closing line say is true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cantata.core.errors import ConfigError
+from cantata.train.describe import Needs, experts, needs, origin, report, summary
+from cantata.train.optim import GroupSummary
+from cantata.train.stage import build_data, build_model
+from tests.models.aria.small import small_aria, small_layout
+from tests.train.test_stage import stage
+
+
+def test_a_token_uses_all_but_the_experts_it_does_not_visit() -> None:
+    layout = small_layout(moe={"num_experts": 8, "top_k": 3})
+    found = experts(small_aria(layout))
+    assert found is not None
+    assert (found.layers, found.num_experts, found.top_k) == (2, 8, 3)
+    one_expert = 3 * layout.text.hidden_size * layout.text.moe.expert_intermediate_size
+    assert found.total_parameters - found.active_parameters == found.layers * (8 - 3) * one_expert
+    without_choice = experts(small_aria(small_layout(moe={"num_experts": 2, "top_k": 2})))
+    assert without_choice is not None
+    assert without_choice.total_parameters == without_choice.active_parameters
+
+
+def test_a_dense_model_has_no_experts() -> None:
+    dense: Any = SimpleNamespace(moe_layers=list)
+    assert experts(dense) is None
+
+
+def test_where_the_parameters_come_from() -> None:
+    assert origin(stage(), 0) == "from scratch"
+    assert origin(stage("model.weights=published"), 0) == "from weights published"
+    assert origin(stage("model.weights=published"), 120) == "resumed from step-00000120"
+
+
+def test_memory_is_estimated_by_rank_0_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = stage("train.sequence_length=128", "train.micro_batch_size=1")
+    model, (loader, _) = build_model(chosen), build_data(chosen)
+    found = needs(chosen, model, loader)
+    assert found.memory is not None
+    assert found.memory.total > 4 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert needs(chosen, model, loader) == Needs(found.experts, None)
+
+
+def test_a_rule_that_matches_nothing_is_found_before_an_engine_is_built() -> None:
+    chosen = stage("+parameters={visoin.*: {learning_rate: null, weight_decay: null, frozen: true}}")
+    with pytest.raises(ConfigError, match=r"visoin"):
+        needs(chosen, build_model(chosen), build_data(chosen)[0])
+
+
+def test_the_report_speaks_of_this_run() -> None:
+    size = ("train.gradient_accumulation_steps=3", "train.micro_batch_size=2", "train.sequence_length=256")
+    shares = ("data.sources.emoji.weight=3", "data.sources.plays.weight=1")
+    chosen = stage("name=trial", "out=outputs/there", *size, *shares)
+    model: Any = build_model(chosen)
+    loader, held_out = build_data(chosen)
+    engine: Any = SimpleNamespace(settings="made by hand", summary=[GroupSummary("all", 9, 100, 0.1, 0.0)])
+    found = report(chosen, "pretrain", model, engine, Needs(None, None), loader, held_out, 10, ["a note"])
+    assert (found.name, found.out) == ("trial", Path("outputs/there"))
+    assert found.origin == "resumed from step-00000010"
+    assert (found.trained, found.frozen, found.notes) == (100, 0, ["a note"])
+    assert found.tokens_per_step == 3 * 2 * 256
+    assert found.flops_per_step == found.tokens_per_step * model.flops_per_token(256)
+    assert {row.name: row.share for row in found.sources} == {"emoji": 0.75, "plays": 0.25}
+    assert [(row.name, row.share) for row in found.held_out] == [
+        ("emoji (held out)", None),
+        ("plays (held out)", None),
+    ]
+
+
+@pytest.mark.parametrize(("finished", "outcome"), [(True, "done"), (False, "run the same command again")])
+def test_the_closing_line_says_how_it_ended(finished: bool, outcome: str) -> None:
+    telemetry: Any = SimpleNamespace(last_loss=2.5)
+    evaluation: Any = SimpleNamespace(first_loss=8.0, last_loss=3.0)
+    found = summary(stage(), finished, 12, 3.5, telemetry, evaluation)
+    assert outcome in found.outcome
+    assert (found.step, found.seconds, found.loss) == (12, 3.5, 2.5)
+    assert (found.held_out_before, found.held_out_after) == (8.0, 3.0)

@@ -1,0 +1,36 @@
+"""A polite stop: the signal is noted and nothing else happens."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from cantata.train.preempt import StopRequest
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    old = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    for number, handler in zip(SIGNALS, old, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal_is_noted_and_can_come_twice(number: signal.Signals) -> None:
+    stop = StopRequest()
+    assert not stop.received
+    for _ in range(2):
+        signal.raise_signal(number)
+        assert stop.received
+
+
+def test_control_c_still_interrupts() -> None:
+    stop = StopRequest()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert not stop.received
