@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cantata.train.norm import total_norm
+
 BUCKET = 50_000_000
 """Elements that travel in one collective: enough to hide its latency, and 200 MB in fp32."""
 
@@ -126,7 +128,7 @@ class Replicated(Stage):
         self.engine.buffered_allreduce_fallback(grads=self._gradients(), elements_per_buffer=BUCKET)
 
     def norm(self) -> float:
-        return float(nn.utils.get_total_norm(self._gradients()))
+        return float(total_norm(self._gradients()))
 
     def clip(self, norm: float, max_norm: float | None) -> None:
         if max_norm is not None:
@@ -199,7 +201,7 @@ class PartitionedStatesBF16(PartitionedStates):
 
     def norm(self) -> float:
         gradients, _ = self.optimizer.get_grads_for_norm()
-        return float(nn.utils.get_total_norm(gradients))
+        return float(total_norm(gradients))
 
     def clear(self) -> None:
         self.optimizer.zero_grad()

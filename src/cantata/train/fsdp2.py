@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from cantata.core.errors import ConfigError, RunError
 from cantata.core.types import Batch, StepTotals
@@ -19,6 +18,7 @@ from cantata.parallel.materialize import Source, materialize, persistent_tensors
 from cantata.parallel.plan import apply_plan
 from cantata.parallel.recompute import Recompute
 from cantata.train.engine import Objective
+from cantata.train.norm import total_norm
 from cantata.train.optim import (
     OptimizerPartial,
     ParameterRule,
@@ -127,7 +127,7 @@ class FSDP2Engine:
         gradients = [shard.grad for shard in self._trained.values() if shard.grad is not None]
         norm = total_norm(gradients)
         if max_norm is not None:
-            clip_grads_with_norm_(self._trained.values(), max_norm, norm)
+            clip_grads_with_norm_(self._trained.values(), max_norm, norm.float())
         return norm.item()
 
     def step(self, learning_rate_factor: float) -> None:
@@ -172,23 +172,6 @@ class FSDP2Engine:
     def _root(self) -> FSDPModule:
         assert isinstance(self.model, FSDPModule)
         return self.model
-
-
-def total_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """L2 norm over all gradients and ranks, a plain scalar.
-
-    Norms are taken per mesh and then combined, since no operation spans two meshes.
-    """
-    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
-    for gradient in gradients:
-        mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None
-        by_mesh.setdefault(mesh, []).append(gradient)
-    norms = []
-    for members in by_mesh.values():
-        norm = get_total_norm(members)
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    norm_of_all: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm_of_all
 
 
 def _start_adam(optimizer: torch.optim.Optimizer) -> None:
