@@ -21,8 +21,8 @@ from cantata.train.stage import LanguageStage, build_data, build_model
 def main(node: DictConfig) -> int:
     stage = load(node, LanguageStage)
     validate(stage.mesh, find_process().world_size)
-    loader, held_out = build_data(stage)
     model = build_model(stage)
+    loader, held_out = build_data(stage, model)
     with distributed():
         return run_session(
             stage,

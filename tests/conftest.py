@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,9 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["WANDB_MODE"] = "disabled"
     torch.set_num_threads(1)
+    # Two workers on a busy machine are slow now and then; no test is about time.
+    hypothesis.settings.register_profile("cantata", deadline=None)
+    hypothesis.settings.load_profile("cantata")
 
 
 @pytest.fixture(autouse=True)

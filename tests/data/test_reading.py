@@ -7,7 +7,12 @@ from tests.data.helpers import Letters, Words, source
 
 
 def reader(**policy: str) -> Reader:
-    return Reader({"words": source(Words("words", [5, 40, 8], broken=[2]), **policy)}, Letters().encode, 32)
+    return Reader(
+        {"words": source(Words("words", [5, 40, 8], broken=[2]), **policy)},
+        Letters().encode,
+        32,
+        "data.sources",
+    )
 
 
 def test_a_sample_is_named_after_its_place() -> None:
@@ -37,4 +42,4 @@ def test_bugs_name_their_sample_whatever_the_policy() -> None:
         raise ZeroDivisionError("oh")
 
     with pytest.raises(RunError, match="sample words:0: ZeroDivisionError: oh"):
-        Reader(reader().sources, encode, 32).read("words", 0)
+        Reader(reader().sources, encode, 32, "data.sources").read("words", 0)

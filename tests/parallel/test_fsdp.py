@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from cantata.parallel.fsdp import Sharding, apply_sharding, sharded_modules
+from cantata.parallel.fsdp import Sharding, apply_sharding, shard_dimension, sharded_modules
 from cantata.parallel.mesh import MeshConfig, build_mesh
 from tests.distributed.standin import StandIn, build_on_meta
 
@@ -45,3 +45,20 @@ def test_units_that_share_a_parameter_belong_to_the_root() -> None:
     assert not isinstance(model.head, FSDPModule)
     assert not isinstance(model.embedding, FSDPModule)
     assert set(sharded_modules(model)) == {model, *model.blocks}
+
+
+@pytest.mark.parametrize(
+    ("shape", "shards", "dimension"),
+    [
+        ((64, 2560, 3328), 8, 0),
+        ((64, 2560, 3328), 256, 1),
+        ((64, 1664, 2560), 256, 2),
+        ((64, 1665, 2561), 256, 0),
+        ((100, 256), 256, 0),
+        ((7,), 4, 0),
+    ],
+)
+def test_stacked_experts_are_cut_where_the_ranks_divide_them(
+    shape: tuple[int, ...], shards: int, dimension: int
+) -> None:
+    assert shard_dimension(torch.Size(shape), shards) == dimension

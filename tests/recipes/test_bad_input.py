@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,7 @@ def test_a_corrupt_image_is_skipped_and_counted(tmp_path: Path) -> None:
     assert pretrain(tmp_path / "run", *own_data(path), "train.max_steps=2") == 0
     log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
     assert "left out sample own:1" in log
+    assert re.search(r"left out \d+ training samples of own: \d+ corrupt image", log)
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json").read_text())
     assert state["loader"]["0"]["dropped"]["own"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cantata.train.preempt import PREEMPTED
+from cantata.core.errors import PREEMPTED
 from tests.recipes.runner import final, kill, metrics, pretrain, start, torchrun
 
 CONTRACT = [

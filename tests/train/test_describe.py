@@ -41,7 +41,8 @@ def test_where_the_parameters_come_from() -> None:
 
 def test_memory_is_estimated_by_rank_0_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = stage("train.sequence_length=128", "train.micro_batch_size=1")
-    model, (loader, _) = build_model(chosen), build_data(chosen)
+    model = build_model(chosen)
+    loader, _ = build_data(chosen, model)
     found = needs(chosen, model, loader)
     assert found.memory is not None
     assert found.memory.total > 4 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -54,7 +55,7 @@ def test_memory_is_estimated_by_rank_0_alone(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_rule_that_matches_nothing_is_found_before_an_engine_is_built() -> None:
     chosen = stage("+parameters={visoin.*: {learning_rate: null, weight_decay: null, frozen: true}}")
     with pytest.raises(ConfigError, match=r"visoin"):
-        needs(chosen, build_model(chosen), build_data(chosen)[0])
+        needs(chosen, build_model(chosen), build_data(chosen, build_model(chosen))[0])
 
 
 def test_the_report_speaks_of_this_run() -> None:
@@ -62,7 +63,7 @@ def test_the_report_speaks_of_this_run() -> None:
     shares = ("data.sources.emoji.weight=3", "data.sources.plays.weight=1")
     chosen = stage("name=trial", "out=outputs/there", *size, *shares)
     model: Any = build_model(chosen)
-    loader, held_out = build_data(chosen)
+    loader, held_out = build_data(chosen, build_model(chosen))
     engine: Any = SimpleNamespace(settings="made by hand", summary=[GroupSummary("all", 9, 100, 0.1, 0.0)])
     found = report(chosen, "pretrain", model, engine, Needs(None, None), loader, held_out, 10, ["a note"])
     assert (found.name, found.out) == ("trial", Path("outputs/there"))

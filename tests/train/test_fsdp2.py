@@ -15,7 +15,7 @@ from cantata.core.types import StepTotals
 from cantata.parallel.materialize import RandomInit
 from cantata.parallel.mesh import MeshConfig, build_mesh
 from cantata.parallel.recompute import Recompute
-from cantata.train.fsdp2 import FSDP2Engine, total_norm
+from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.objectives import NextToken
 from cantata.train.optim import ParameterRule
 from tests.distributed.standin import build_on_meta, make_batch
@@ -142,9 +142,3 @@ def test_skip_forgets_the_gradients() -> None:
     engine.skip()
     assert all(parameter.grad is None for parameter in engine.model.parameters())
     assert all(torch.equal(p.full_tensor(), before[name]) for name, p in engine.model.named_parameters())
-
-
-def test_norm_over_several_kinds_of_tensors() -> None:
-    mesh = build_mesh(MeshConfig(1, -1, 1), 1, "cpu")
-    sharded = torch.distributed.tensor.distribute_tensor(torch.tensor([3.0]), mesh)
-    assert total_norm([sharded, torch.tensor([4.0])]).item() == pytest.approx(5.0)

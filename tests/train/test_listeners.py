@@ -117,6 +117,9 @@ class Checkpointer:
     def wait(self) -> None:
         self.is_saved = True
 
+    def raise_if_failed(self) -> None:
+        """No save of this one fails."""
+
     def load(self, path: Path, engine: Any) -> dict[str, Any]:
         return self.documents[int(path.name.removeprefix("step-"))]
 

@@ -70,7 +70,7 @@ def test_each_rank_reads_batches_of_the_shape_in_the_config(monkeypatch: pytest.
     for rank in range(2):
         for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
             monkeypatch.setenv(name, str(value))
-        loader, held_out = build_data(chosen)
+        loader, held_out = build_data(chosen, build_model(chosen))
         batches.append(loader.peek())
         assert set(held_out.sizes()) == {"emoji", "plays"}
     assert [batch.input_ids_T.numel() for batch in batches] == [512, 512]

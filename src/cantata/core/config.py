@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cantata.core.compose import COMPOSITION_ERRORS, Composed, Origins, compose, explain, one_line
 from cantata.core.dist import find_process
-from cantata.core.errors import CantataError, ConfigError
+from cantata.core.errors import PREEMPTED, CantataError, ConfigError
 from cantata.core.launcher import without_local_rank
 from cantata.core.locate import configs_dir
 from cantata.core.schema import InvalidKey, Key, bind, convert, dotted, slot
@@ -113,7 +113,8 @@ def run_stage(main: Stage, config_name: str) -> int:
 
     @functools.wraps(main)
     def task(node: DictConfig) -> None:
-        codes.append(_exit_code(lambda: _run_job(main, node, run_dirs)))
+        if PREEMPTED not in codes:
+            codes.append(_exit_code(lambda: _run_job(main, node, run_dirs)))
 
     def command() -> None:
         # Otherwise Hydra prints its errors over many lines and leaves with its own code.

@@ -1,5 +1,8 @@
 """The two ways a command fails, each one line for the user and one exit code."""
 
+PREEMPTED = 75
+"""Exit code of a run that saved a complete checkpoint and wants the same command again (EX_TEMPFAIL)."""
+
 
 class CantataError(Exception):
     """A failure with a one-line message that names what, where and what to do."""

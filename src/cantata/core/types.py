@@ -49,7 +49,8 @@ class Segments:
 
     def offsets(self, device: torch.device | str = "cpu") -> Tensor:
         """Cumulative lengths, int32, one more than there are segments (starts at 0)."""
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=device)
+        offsets = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+        return offsets.to(device, non_blocking=True)
 
     def ids(self, device: torch.device | str = "cpu") -> Tensor:
         """The index of the segment of each position, int64, (total,)."""

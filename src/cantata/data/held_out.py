@@ -47,7 +47,7 @@ class HeldOut:
         self.collator = collator
         self.dropped: dict[str, dict[str, int]] = {}
         """Samples left out in the first pass, by source and reason."""
-        self._reader = Reader(sources, collator.encode, sequence_length)
+        self._reader = Reader(sources, collator.encode, sequence_length, "data.held_out")
         self._micro_batch_size = micro_batch_size
         self._window = window
         self._rank = rank
@@ -64,20 +64,21 @@ class HeldOut:
         return {name: len(source.dataset) for name, source in self._reader.sources.items()}
 
     def captioned(self, count: int) -> list[tuple[str, Document]]:
-        """Up to `count` readable documents that hold an image and text, evenly spread, with their keys."""
-        found = []
+        """Up to `count` readable documents that hold an image and text, with their keys.
+
+        Each source is asked for `count` samples, evenly spread; a source of text alone yields none.
+        """
+        found: list[tuple[str, Document]] = []
         for name, source in sorted(self._reader.sources.items()):
-            for index in range(len(source.dataset)):
+            size = len(source.dataset)
+            for index in range(0, size, max(1, size // count)):
                 try:
                     example = source.dataset[index]
                 except DataError:
                     continue
-                if isinstance(example, Document) and {type(part) is str for part in example.parts} == {
-                    True,
-                    False,
-                }:
+                if len(found) < count and isinstance(example, Document) and _has_both(example):
                     found.append((f"{name}:{index}", example))
-        return found[:: max(1, len(found) // count)][:count]
+        return found
 
     def __iter__(self) -> Iterator[Batch]:
         if self._plan is None:
@@ -122,3 +123,8 @@ def interleaved(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
     """Every (source, index) once, the sources evenly mixed, so that short samples fill up after long ones."""
     places = [((index + 0.5) / size, name, index) for name, size in sizes.items() for index in range(size)]
     return [(name, index) for _, name, index in sorted(places)]
+
+
+def _has_both(document: Document) -> bool:
+    kinds = {isinstance(part, str) for part in document.parts}
+    return kinds == {True, False}

@@ -145,7 +145,7 @@ class Loader:
         sizes = {name: len(source.dataset) for name, source in sources.items()}
         self.order = Order(sizes, {name: source.weight for name, source in sources.items()}, seed)
         self.collator = collator
-        self._reader = Reader(sources, collator.encode, sequence_length)
+        self._reader = Reader(sources, collator.encode, sequence_length, "data.sources")
         self._micro_batch_size = micro_batch_size
         self._num_streams = streams
         self._window = window
@@ -156,6 +156,7 @@ class Loader:
         self._rows = 0
         self._states: dict[int, dict[str, Any]] = {}
         self._told: set[tuple[str, str]] = set()
+        self._is_telling = True
 
     def __iter__(self) -> Iterator[Batch]:
         rows = self._ready_rows()
@@ -205,6 +206,8 @@ class Loader:
         twin = copy(self)
         twin._num_workers = 0
         twin._states = dict(self._states)
+        # What it drops will be met again, and told then.
+        twin._is_telling = False
         return next(iter(twin))
 
     def dropped(self) -> dict[str, dict[str, int]]:
@@ -213,7 +216,7 @@ class Loader:
 
     def _tell_drops(self, info: RowInfo) -> None:
         """A line for the first of each kind; the rest are counted in the state."""
-        for source, reason, index in info.dropped:
+        for source, reason, index in info.dropped if self._is_telling else ():
             is_first = (source, reason) not in self._told
             self._told.add((source, reason))
             level = logging.WARNING if is_first else logging.DEBUG
@@ -240,6 +243,8 @@ class Loader:
             try:
                 item = next(sources[turn % len(streams) % workers])
             except (RuntimeError, OSError, EOFError) as error:
+                if not self._num_workers:
+                    raise
                 # Which one depends on where the worker died.
                 cause = (str(error) or type(error).__name__).splitlines()[0]
                 raise RunError(f"a data worker ended ({cause}); was it killed for want of memory?") from error

@@ -39,6 +39,8 @@ class Reader:
     sources: Mapping[str, Source]
     encode: Encode
     sequence_length: int
+    key: str
+    """Where the sources stand in the config, for messages."""
 
     def read(self, name: str, index: int) -> Sample | Drop:
         """One sample. Raises `RunError`, naming it, where its source says `raise` and on any bug."""
@@ -50,7 +52,7 @@ class Reader:
             if source.on_error is OnError.skip:
                 return Drop(name, error.reason, index)
             raise RunError(
-                f"sample {sample_key}: {error}; mend it, or set data.sources.{name}.on_error=skip"
+                f"sample {sample_key}: {error}; mend it, or set {self.key}.{name}.on_error=skip"
             ) from error
         except CantataError:
             raise
@@ -61,6 +63,6 @@ class Reader:
                 return Drop(name, "too long", index)
             raise RunError(
                 f"sample {sample_key} has {len(sample)} tokens, a packed row {self.sequence_length}; raise "
-                f"train.sequence_length, or set data.sources.{name}.too_long=drop"
+                f"train.sequence_length, or set {self.key}.{name}.too_long=drop"
             )
         return sample

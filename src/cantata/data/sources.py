@@ -65,7 +65,8 @@ class CaptionedImages:
     """A parquet file of encoded images with a caption each: the image, then its caption.
 
     Args:
-        path: the file; one row group is held in memory at a time.
+        path: the file; one row group is held in memory at a time, so a file that is read in random order
+            wants small ones.
         image_column: column of encoded images (bytes, or the `{bytes, path}` structs of `datasets`).
         caption: the caption with columns in braces, such as `"{name} ({subgroup})"`.
         split: `train`, `held_out` or `all`.

@@ -76,7 +76,9 @@ def last_logits(model: nn.Module, collator: PackedCollator, samples: Sequence[Sa
     """
     row = collator.row(samples)
     batch = collator.collate([row], sum(row.lengths)).to(dist.device())
-    logits_TV = model(batch, with_logits=True).logits_TV
+    # Compiled blocks would take the growing length for a dynamic shape, in training too.
+    with torch.compiler.set_stance("force_eager"):
+        logits_TV = model(batch, with_logits=True).logits_TV
     last_S = torch.tensor(row.lengths, device=logits_TV.device).cumsum(0) - 1
     logits_SV: Tensor = logits_TV[last_S].float().cpu()
     logits_SV[:, collator.processor.image_token_id] = -torch.inf

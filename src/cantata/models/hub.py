@@ -206,7 +206,14 @@ class HubWriter:
 
 
 def save_to_hub(model: nn.Module, layout: HubLayout, directory: str | Path, max_shard_bytes: int) -> None:
-    """Write an unsharded model as a published checkpoint."""
+    """Write an unsharded model as a published checkpoint.
+
+    Raises `RunError` where the model would route differently afterwards: the layout has no place for a
+    balance bias.
+    """
+    for name, buffer in model.named_buffers():
+        if buffer.any():
+            raise RunError(f"{name} is not zero, and a published checkpoint has no place for it")
     with HubWriter(directory, layout, max_shard_bytes) as writer:
         for name, parameter in model.named_parameters():
             writer.write(name, parameter)

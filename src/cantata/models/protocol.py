@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from cantata.core.samples import Processor
 from cantata.core.types import Batch, ModelOutput
 from cantata.nn.moe.layer import MoELayer
 
@@ -57,6 +58,10 @@ class LanguageModel(Protocol):
 
     def flops_per_token(self, mean_sample_length: float) -> float:
         """Forward and backward operations of one text token, active experts only."""
+        ...
+
+    def check_processor(self, processor: Processor) -> None:
+        """Raise `ConfigError` where the processor's tokens, patches or features are not this model's."""
         ...
 
     def hub_layout(self) -> HubLayout: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import Shard
 
 from cantata.models.protocol import Unit
 
@@ -46,7 +48,7 @@ def apply_sharding(model: nn.Module, units: Sequence[Unit], sharding: Sharding) 
     policy = MixedPrecisionPolicy(
         param_dtype=sharding.compute_dtype,
         reduce_dtype=torch.float32,
-        # Blocks are handed fp32 tables (rotary angles) that must arrive in fp32.
+        # Inputs arrive in the dtype that the model made them in; parameters alone are cast.
         cast_forward_inputs=False,
     )
     offload = (
@@ -54,14 +56,33 @@ def apply_sharding(model: nn.Module, units: Sequence[Unit], sharding: Sharding) 
         if sharding.offload_parameters
         else OffloadPolicy()
     )
+    shards = mesh.size(mesh.ndim - 1)
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(shard_dimension(parameter.shape, shards))
+
+    shard = partial(
+        fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload, shard_placement_fn=placement
+    )
     owners = Counter(id(parameter) for unit in units for parameter in unit.module.parameters())
     for unit in units:
         if unit.module is not model and all(owners[id(p)] == 1 for p in unit.module.parameters()):
-            fully_shard(unit.module, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+            shard(unit.module)
+    shard(model)
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def shard_dimension(shape: torch.Size, shards: int) -> int:
+    """The dimension to cut: the first that `shards` divides, where the tensor is a stack of matrices.
+
+    FSDP2 pads the first dimension to a multiple of the ranks. That costs little for a matrix, but 64
+    experts on 256 ranks would be padded fourfold.
+    """
+    if len(shape) < 3:
+        return 0
+    return next((dim for dim, size in enumerate(shape) if size % shards == 0), 0)
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:

@@ -43,11 +43,10 @@ def apply_plan(
     """
     if not isinstance(model, Divisible):
         raise TypeError(f"{type(model).__name__} lacks units; see cantata.models.protocol")
-    if compile and recompute is not Recompute.none and device_type == "cpu":
+    if compile and recompute is not Recompute.none:
         raise ConfigError(
-            f"train.compile=true with train.recompute={recompute.value} would run uncompiled on CPU, where "
-            "the experts break the graph of a recomputed block; set train.recompute=none or "
-            "train.compile=false"
+            f"train.compile=true with train.recompute={recompute.value} would run uncompiled: attention "
+            "breaks the graph of a recomputed block; set train.recompute=none or train.compile=false"
         )
     units = model.units()
     for unit in units:

@@ -51,13 +51,21 @@ class CheckpointConfig:
     background: bool
     """Write while training goes on, from a copy in host memory."""
     resume: str
-    """`auto`: the newest complete one of this run directory, if any; `never`; or a checkpoint's path."""
+    """`auto`: the newest complete one of this run directory, if any. A checkpoint's path: where a new run
+    directory starts from; once it has checkpoints of its own, those. `never`: refuse a directory with any."""
 
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ConfigError(f"checkpoint.every={self.every} must be 0 or a number of steps")
         if self.keep < 1:
             raise ConfigError(f"checkpoint.keep={self.keep} must be at least 1")
+
+
+def _writer() -> ThreadPoolExecutor:
+    """One thread, on this rank's device: a new thread starts on device 0, which may be another rank's."""
+    if not torch.cuda.is_available():
+        return ThreadPoolExecutor(1, "checkpoint")
+    return ThreadPoolExecutor(1, "checkpoint", torch.cuda.set_device, (torch.cuda.current_device(),))
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -85,7 +93,7 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._files = CheckpointFiles(run_dir)
         self._lock: RunLock | None = None
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writer = _writer()
         self._pending: Future[None] | None = None
         self._last_step: int | None = None
         self._on_main(self._open)
@@ -99,6 +107,11 @@ class Checkpointer:
         """The last save is complete on this rank, not failed; unlike the other methods no collective."""
         return self._pending is None or (self._pending.done() and self._pending.exception() is None)
 
+    def raise_if_failed(self) -> None:
+        """Raise the `RunError` of a background save that has ended badly; unlike the others no collective."""
+        if self._pending is not None and self._pending.done() and not self.is_saved:
+            self.wait()
+
     def path(self, step: int) -> Path:
         """Where the complete checkpoint of a step stands."""
         return self._files.published(step)
@@ -109,9 +122,10 @@ class Checkpointer:
 
     def resume_from(self) -> Path | None:
         """The checkpoint that `checkpoint.resume` asks for; None starts anew."""
-        if self._config.resume == "auto":
-            return self.latest()
-        return None if self._config.resume == "never" else Path(self._config.resume)
+        newest = self.latest()
+        if newest is not None or self._config.resume in ("auto", "never"):
+            return newest
+        return Path(self._config.resume)
 
     def save(
         self, step: int, engine: Engine, loader_state: Mapping[str, Any], extra: Mapping[str, Any]
@@ -208,13 +222,8 @@ class Checkpointer:
                 f"checkpoint.resume=never, but {newest} exists; choose another directory with out="
             )
         path = Path(resume)
-        if not is_complete(path):
+        if newest is None and not is_complete(path):
             raise ConfigError(f"checkpoint.resume={resume} is not a complete checkpoint")
-        if newest is not None and read_state(newest)["step"] > read_state(path)["step"]:
-            raise ConfigError(
-                f"checkpoint.resume={resume} is older than {newest}, which would be overwritten; choose "
-                "another directory with out="
-            )
 
     def _write(self, step: int, tensors: dict[str, Any], document: dict[str, Any]) -> None:
         folder = self._files.incomplete(step)

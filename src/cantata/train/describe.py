@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import nn
 from cantata.core import dist
 from cantata.core.build import build
 from cantata.data.held_out import HeldOut
-from cantata.data.loader import Loader
+from cantata.data.loader import Loader, sum_drops
 from cantata.models.protocol import LanguageModel
 from cantata.parallel.mesh import validate
 from cantata.train.engine import Engine
@@ -55,10 +56,10 @@ def memory(stage: LanguageStage, model: nn.Module, loader: Loader) -> MemoryEsti
 
     It is found on a batch like those to come, run through the model without data.
     """
-    if not dist.is_main():
-        return None
     assert isinstance(model, LanguageModel)
     parameter_groups(model, stage.parameters, *optimizer_defaults(build(stage.optimizer)))
+    if not dist.is_main():
+        return None
     layout = layout_of(stage.engine, validate(stage.mesh, dist.world_size()).dp_shard, dist.world_size())
     return estimate_memory(
         model,
@@ -110,6 +111,17 @@ def report(
         flops_per_step=tokens * model.flops_per_token(train.sequence_length),
         notes=notes,
     )
+
+
+def dropped(loader: Loader, held_out: HeldOut) -> list[str]:
+    """What was left out since the run began, a line a source, over all ranks; a collective."""
+    everywhere = sum_drops(json.loads(text) for text in dist.gather_strings(json.dumps(loader.dropped())))
+    lines = []
+    for kind, counts in (("training", everywhere), ("held-out", held_out.dropped)):
+        for source, reasons in sorted(counts.items()):
+            said = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
+            lines.append(f"left out {sum(reasons.values())} {kind} samples of {source}: {said}")
+    return lines
 
 
 def origin(stage: LanguageStage, start_step: int) -> str:

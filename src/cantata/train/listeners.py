@@ -95,6 +95,7 @@ class Saving:
         return Progress(**extra["progress"])
 
     def after_step(self, result: StepResult) -> None:
+        self._checkpointer.raise_if_failed()
         self._tell()
         step, every = result.progress.step, self._checkpointer.every
         if step == self._max_steps or (every and step % every == 0):

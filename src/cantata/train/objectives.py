@@ -14,7 +14,8 @@ class NextToken:
     """Cross entropy per target token, plus the router's balance terms per token.
 
     The step's loss is `sum(cross entropy) / target tokens + sum(router loss * tokens) / tokens`,
-    each sum over all ranks and micro-batches.
+    each sum over all ranks and micro-batches. Cross entropy and z-loss do not depend on how a step is split;
+    the Switch balance loss does, because each micro-batch is balanced over its own tokens.
     """
 
     def __call__(self, model: nn.Module, batch: Batch, totals: StepTotals) -> Loss:
@@ -27,8 +28,8 @@ class NextToken:
                 0, batch.target_modality_N, output.loss_N
             ),
             "targets_M": targets_M,
-            "squared_lengths": torch.tensor(float(sum(n * n for n in batch.samples.lengths))).to(
-                output.loss_N.device
+            "squared_lengths": output.loss_N.new_full(
+                (), float(sum(n * n for n in batch.samples.lengths)), dtype=torch.float64
             ),
         }
         if output.router is not None:

@@ -46,7 +46,11 @@ OptimizerPartial = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 def optimizer_defaults(optimizer: OptimizerPartial) -> tuple[float, float]:
     """(lr, weight_decay) that a partial optimizer was given, or that its signature says."""
     arguments = inspect.signature(optimizer).parameters
-    return float(arguments["lr"].default), float(arguments["weight_decay"].default)
+    values = {name: float(arguments[name].default) for name in ("lr", "weight_decay")}
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"optimizer.{name}={value} must be a number, at least 0")
+    return values["lr"], values["weight_decay"]
 
 
 def parameter_groups(

@@ -5,9 +5,6 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-PREEMPTED = 75
-"""Exit code of a run that saved a complete checkpoint and wants the same command again (EX_TEMPFAIL)."""
-
 
 class StopRequest:
     """Turns SIGTERM and SIGUSR1 into a flag that the loop reads between steps."""

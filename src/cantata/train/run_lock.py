@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -22,6 +23,8 @@ class RunLock:
             # outlast a killed trainer by seconds, and refuse the restart.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
             self._file.seek(0)
             owner = self._file.read().strip() or "another process"
             self._file.close()

@@ -12,6 +12,7 @@ from torch import nn
 from cantata.core import dist
 from cantata.core.build import build
 from cantata.core.config import save_config
+from cantata.core.errors import PREEMPTED
 from cantata.core.logging import logging_to
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
@@ -24,7 +25,8 @@ from cantata.train.listeners import ExpertBias, Saving, Telemetry
 from cantata.train.loggers import Sinks, open_sinks
 from cantata.train.loop import Listener, fit
 from cantata.train.metrics import Record
-from cantata.train.preempt import PREEMPTED, StopRequest
+from cantata.train.optim import optimizer_defaults
+from cantata.train.preempt import StopRequest
 from cantata.train.progress import Console
 from cantata.train.stage import LanguageStage, build_engine
 from cantata.train.window import Device, Window
@@ -89,6 +91,8 @@ def run_session(
         end = fit(engine, objective, iter(loader), build(stage.schedule), stage.train, listeners, start, stop)
         saving.save(end)
         saving.finish()
+        for line in describe.dropped(loader, held_out):
+            console.on_warning(line)
         finished = end.step >= stage.train.max_steps
         seconds = time.monotonic() - began
         console.on_end(describe.summary(stage, finished, end.step, seconds, telemetry, evaluation))
@@ -120,7 +124,7 @@ def _telemetry(stage: LanguageStage, window: Window, sinks: Sinks, console: Cons
         window,
         sinks,
         console,
-        base_learning_rate=stage.optimizer["lr"],
+        base_learning_rate=optimizer_defaults(build(stage.optimizer))[0],
         log_every=stage.train.log_every,
         max_steps=stage.train.max_steps,
     )

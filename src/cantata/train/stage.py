@@ -61,10 +61,15 @@ def build_model(stage: LanguageStage) -> nn.Module:
     return model
 
 
-def build_data(stage: LanguageStage) -> tuple[Loader, HeldOut]:
-    """Training and held-out batches of this rank; opens every file, so what is missing is found first."""
+def build_data(stage: LanguageStage, model: nn.Module) -> tuple[Loader, HeldOut]:
+    """Training and held-out batches of this rank; opens every file, so what is missing is found first.
+
+    Raises `ConfigError` where the collator makes what the model cannot read.
+    """
+    assert isinstance(model, LanguageModel)
     process = dist.find_process()
     collator = build(stage.collator)
+    model.check_processor(collator.processor)
     shape = {
         "sequence_length": stage.train.sequence_length,
         "micro_batch_size": stage.train.micro_batch_size,

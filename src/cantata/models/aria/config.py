@@ -71,6 +71,10 @@ class AriaMoEConfig:
     """Step of the loss-free balance bias; 0 builds the routers without one."""
 
     def __post_init__(self) -> None:
+        if self.expert_bias_update_rate < 0:
+            raise ConfigError(
+                "model.text.moe.expert_bias_update_rate must not be negative; 0 is without a bias"
+            )
         if not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(
                 f"model.text.moe.top_k is {self.top_k}; "

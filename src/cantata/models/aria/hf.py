@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,10 +108,21 @@ def _vision_to_hub(vision: AriaVisionConfig) -> dict[str, object]:
 
 
 def _text_to_hub(text: AriaTextConfig) -> dict[str, object]:
-    same = [item.name for item in fields(text) if item.name not in ("moe", "rope_theta")]
     return {
         "model_type": "aria_text",
-        **{name: getattr(text, name) for name in same},
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "head_dim": text.head_dim,
+        "rms_norm_eps": text.rms_norm_eps,
+        "max_position_embeddings": text.max_position_embeddings,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "initializer_range": text.initializer_range,
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": text.eos_token_id,
+        "pad_token_id": text.pad_token_id,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,

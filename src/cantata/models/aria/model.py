@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cantata.core.errors import ConfigError
+from cantata.core.samples import Processor
 from cantata.core.types import Batch, Images, ModelOutput, RouterStats
 from cantata.models.aria.config import AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
 from cantata.models.aria.decoder import DecoderBlock
 from cantata.models.aria.hf import AriaLayout, read_hub_config
+from cantata.models.aria.processor import AriaProcessor
 from cantata.models.aria.projector import Projector
 from cantata.models.aria.vision import VisionTower
 from cantata.models.protocol import Unit
@@ -133,6 +136,32 @@ class Aria(nn.Module):
     @property
     def expert_bias_update_rate(self) -> float:
         return self.text_config.moe.expert_bias_update_rate
+
+    def check_processor(self, processor: Processor) -> None:
+        """Raise `ConfigError` where `collator.processor` makes what this model cannot read."""
+        wanted: dict[str, tuple[int, int | None, str]] = {
+            "image_token": (processor.image_token_id, self.image_token_id, "model.image_token_id"),
+            "patch_size": (processor.patch_values, self.vision_config.patch_values, "values of a patch"),
+        }
+        if isinstance(processor, AriaProcessor):
+            side, grid = processor.image_size // processor.patch_size, self.vision_config.grid
+            features = self.projector_config.patch_to_query.get(side**2)
+            wanted["position_grid"] = (processor.position_grid, grid, "model.vision.image_size / patch_size")
+            wanted["features_per_image"] = (
+                processor.features_per_image,
+                features,
+                f"model.projector.patch_to_query of {side**2} patches",
+            )
+        for key, (found, needed, source) in wanted.items():
+            if found != needed:
+                raise ConfigError(
+                    f"collator.processor.{key} gives {found}; the model needs {needed} ({source})"
+                )
+        if processor.vocab_size > self.text_config.vocab_size:
+            raise ConfigError(
+                f"collator.processor.tokenizer has {processor.vocab_size} tokens, more than "
+                f"model.text.vocab_size={self.text_config.vocab_size}"
+            )
 
     def hub_layout(self) -> AriaLayout:
         return AriaLayout(self.vision_config, self.projector_config, self.text_config, self.image_token_id)

@@ -1,0 +1,38 @@
+"""The norm of gradients of several kinds, and that it does not lose digits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import distribute_tensor
+
+from cantata.parallel.mesh import MeshConfig, build_mesh
+from cantata.train.norm import total_norm
+
+
+@pytest.fixture
+def _process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_sharded_and_plain_tensors_together() -> None:
+    mesh = build_mesh(MeshConfig(1, -1, 1), 1, "cpu")
+    sharded = distribute_tensor(torch.tensor([3.0]), mesh)
+    assert total_norm([sharded, torch.tensor([4.0])]).item() == pytest.approx(5.0, rel=1e-12)
+
+
+def test_millions_of_equal_values_lose_no_digit() -> None:
+    """fp32 sums of this many squares miss by far more than 1e-10."""
+    values = torch.full((3_000_001,), 0.1)
+    wanted = float(values[0]) * len(values) ** 0.5
+    assert total_norm([values[:1000], values[1000:]]).item() == pytest.approx(wanted, rel=1e-10)
+
+
+def test_no_gradient_has_norm_zero() -> None:
+    assert total_norm([]).item() == 0.0
