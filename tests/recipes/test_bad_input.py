@@ -90,6 +90,13 @@ def test_a_corrupt_image_is_skipped_and_counted(tmp_path: Path) -> None:
     assert state["loader"]["0"]["dropped"]["own"]
 
 
+def test_the_readme_command_for_own_images_trains(tmp_path: Path) -> None:
+    path = image_text(tmp_path, [None] * 8)
+    overrides = ("data=image_text", f"data.sources.image_text.dataset.path={path}")
+    assert pretrain(tmp_path / "run", *overrides, "data.num_workers=0", "train.max_steps=1") == 0
+    assert metrics(tmp_path / "run")
+
+
 def test_a_corrupt_image_ends_the_run_where_the_source_says_so(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
