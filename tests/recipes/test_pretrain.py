@@ -167,7 +167,7 @@ def test_another_number_of_ranks_or_another_engine_continues_the_run(tmp_path: P
     assert pretrain(out, *settings, "train.max_steps=4", "engine=deepspeed", "engine.zero_stage=1") == 0
     assert pretrain(tmp_path / "one", *settings, "train.max_steps=4") == 0
     changed = final(out)
-    # A key's bias moves all scores alike: its true gradient is 0, and Adam makes steps of what rounding leaves.
+    # A key's bias moves all scores alike: its true gradient is 0, and Adam makes steps of the rounding.
     noise = ("k_proj.bias", "in_proj_bias")
     for name, tensor in final(tmp_path / "one").items():
         if name.startswith("model.") and not name.endswith(noise):
