@@ -24,6 +24,7 @@ from cantata.core.errors import CantataError, ConfigError, RunError
 from cantata.core.samples import Sample
 from cantata.core.types import Batch, RowInfo
 from cantata.data.collate.packed import PackedCollator, Row
+from cantata.data.drops import sum_drops
 from cantata.data.order import BLOCK, Order
 from cantata.data.packing import Packer
 from cantata.data.reading import Drop, Reader, Source
@@ -274,17 +275,6 @@ def merge_states(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         raise RunError("the ranks' data loaders stand at different rows; this is a bug")
     streams = {stream: state for part in parts for stream, state in part["streams"].items()}
     return {"rows": parts[0]["rows"], "order": parts[0]["order"], "streams": streams}
-
-
-def sum_drops(counts: Any) -> dict[str, dict[str, int]]:
-    """Add up counts of dropped samples by source and reason."""
-    total: dict[str, dict[str, int]] = {}
-    for one in counts:
-        for source, reasons in one.items():
-            for reason, number in reasons.items():
-                total.setdefault(source, {}).setdefault(reason, 0)
-                total[source][reason] += number
-    return total
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

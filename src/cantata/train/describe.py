@@ -11,8 +11,9 @@ from torch import nn
 
 from cantata.core import dist
 from cantata.core.build import build
+from cantata.data.drops import sum_drops
 from cantata.data.held_out import HeldOut
-from cantata.data.loader import Loader, sum_drops
+from cantata.data.loader import Loader
 from cantata.models.protocol import LanguageModel
 from cantata.parallel.mesh import validate
 from cantata.train.engine import Engine
