@@ -28,7 +28,7 @@ def main(node: DictConfig) -> int:
             stage,
             "pretrain",
             model,
-            NextToken(),
+            NextToken(model.balance),
             loader,
             held_out,
             resolved(node),

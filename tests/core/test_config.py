@@ -10,7 +10,17 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from cantata.core import config
-from cantata.core.config import Slot, compose, load, resolved, run_stage, save_config, slot, stage_main
+from cantata.core.config import (
+    Slot,
+    compose,
+    load,
+    read_config,
+    resolved,
+    run_stage,
+    save_config,
+    slot,
+    stage_main,
+)
 from cantata.core.errors import ConfigError, RunError
 
 FILES = {
@@ -234,3 +244,18 @@ def test_save_config_writes_resolved_values_in_one_piece(
     monkeypatch.setenv("WORLD_SIZE", "2")
     save_config(values, tmp_path / "other.yaml")
     assert not (tmp_path / "other.yaml").exists()
+
+
+def test_read_config_reads_it_back(tmp_path: Path) -> None:
+    values = {"name": "a", "model": {"sizes": [1, 2], "rate": 1e-6, "weights": None}}
+    save_config(values, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == values
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [\n", None])
+def test_read_config_refuses_in_one_line(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml") as caught:
+        read_config(tmp_path / "config.yaml")
+    assert "\n" not in str(caught.value)

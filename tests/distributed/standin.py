@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from cantata.core.types import Batch, Images, ModelOutput, RouterStats, Segments
 from cantata.models.protocol import HubLayout, Unit
+from tests.nn.moe.small import balance
 
 VOCABULARY, HIDDEN, EXPERTS, TOP_K = 19, 12, 5, 2
+BALANCE = balance(EXPERTS, z=1e-2)
 
 
 class Stats(NamedTuple):
-    loss: Tensor
+    z_sum: Tensor
     tokens_per_expert_E: Tensor
 
 
@@ -44,7 +46,7 @@ class Block(nn.Module):
         out_TED = torch.einsum("td,edf->tef", x_TD, self.experts_EDD) * self.scale_D.to(x_TD.dtype)
         chosen_TKD = out_TED.gather(1, index_TK[..., None].expand(-1, -1, HIDDEN))
         count_E = F.one_hot(index_TK, EXPERTS).sum((0, 1))
-        stats = Stats(logits_TE.float().logsumexp(-1).square().mean() * 1e-2, count_E)
+        stats = Stats(logits_TE.float().logsumexp(-1).square().sum(), count_E)
         return x_TD + (chosen_TKD * weight_TK[..., None]).sum(1), stats
 
 
@@ -76,9 +78,10 @@ class StandIn(nn.Module):
             stats.append(block_stats)
         logits_NV = self.head(x_TD)[batch.target_index_N] * self.logit_scale.float()
         loss_N = F.cross_entropy(logits_NV, batch.labels_T[batch.target_index_N], reduction="none")
-        loss_L = torch.stack([item.loss for item in stats])
-        counts_LME = torch.stack([item.tokens_per_expert_E for item in stats])[:, None]
-        router = RouterStats(loss_L, loss_L.detach(), loss_L.detach(), counts_LME)
+        z_sum_L = torch.stack([item.z_sum for item in stats])
+        counts_LE = torch.stack([item.tokens_per_expert_E for item in stats])
+        counts_LME = torch.stack([counts_LE, *[torch.zeros_like(counts_LE)] * 2], dim=1)
+        router = RouterStats(torch.zeros(counts_LME.shape), z_sum_L, torch.zeros(len(stats)), counts_LME)
         return ModelOutput(loss_N.sum(), loss_N.detach(), router, logits_NV if with_logits else None)
 
     def units(self) -> Sequence[Unit]:

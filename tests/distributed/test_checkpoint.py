@@ -15,6 +15,7 @@ from cantata.train.checkpoint import CheckpointConfig, Checkpointer, fingerprint
 from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.objectives import NextToken
 from tests.distributed.spawn import run_ranks
+from tests.distributed.standin import BALANCE
 from tests.distributed.test_fsdp2 import TOTALS, build_engine, share, whole
 
 pytestmark = pytest.mark.distributed
@@ -27,7 +28,7 @@ def train(engine: FSDP2Engine, steps: int) -> None:
     batches = share()
     for _ in range(steps):
         for index, batch in enumerate(batches, start=1):
-            engine.forward_backward(batch, NextToken(), TOTALS, last=index == len(batches))
+            engine.forward_backward(batch, NextToken(BALANCE), TOTALS, last=index == len(batches))
         engine.gradient_norm(1.0)
         engine.step(1.0)
 

@@ -16,15 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cantata.core.types import Batch, StepTotals
+from cantata.core.types import Batch
 from cantata.parallel.materialize import RandomInit, materialize, persistent_tensors
 from cantata.parallel.mesh import MeshConfig, build_mesh
 from cantata.parallel.recompute import Recompute
 from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.objectives import NextToken
 from cantata.train.optim import ParameterRule, optimizer_defaults, parameter_groups
+from tests.distributed.join import totals_of
 from tests.distributed.spawn import run_ranks
-from tests.distributed.standin import build_on_meta, make_batch
+from tests.distributed.standin import BALANCE, build_on_meta, make_batch
 
 pytestmark = pytest.mark.distributed
 
@@ -38,7 +39,7 @@ RULES = {
 }
 MAX_NORM = 0.05
 MICRO_BATCHES = [make_batch(tokens, seed) for seed, tokens in enumerate((24, 17, 31, 8))]
-TOTALS = StepTotals(sum(b.num_tokens for b in MICRO_BATCHES), sum(b.num_targets for b in MICRO_BATCHES))
+TOTALS = totals_of(MICRO_BATCHES)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def two_steps(engine: FSDP2Engine, batches: list[Batch]) -> dict[str, Any]:
     norms, counts, gradients = [], [], {}
     for _ in range(2):
         for index, batch in enumerate(batches, start=1):
-            sums = engine.forward_backward(batch, NextToken(), TOTALS, last=index == len(batches))
+            sums = engine.forward_backward(batch, NextToken(BALANCE), TOTALS, last=index == len(batches))
             counts.append(sums["tokens_per_expert_LME"])
         gradients = {name: whole(p.grad) for name, p in engine.model.named_parameters() if p.grad is not None}
         norms.append(engine.gradient_norm(MAX_NORM))
@@ -115,10 +116,10 @@ def reference(tied: bool = False) -> dict[str, Any]:
     optimizer = OPTIMIZER(groups)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {f"model.{name}": p.detach().clone() for name, p in persistent_tensors(model)}
-    norms, gradients, counts = [], {}, torch.zeros(2, 1, 5, dtype=torch.int64)
+    norms, gradients, counts = [], {}, torch.zeros(2, 3, 5, dtype=torch.int64)
     for _ in range(2):
         for batch in MICRO_BATCHES:
-            loss = NextToken()(model, batch, TOTALS)
+            loss = NextToken(BALANCE)(model, batch, TOTALS)
             loss.value.backward()
             counts += loss.sums["tokens_per_expert_LME"]
         gradients = {name: p.grad.clone() for name, p in trained.items()}

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cantata.core.types import Batch, Images, Segments, StepTotals
+from cantata.core.types import Batch, Images, Segments
 from cantata.models.aria import Aria
 from cantata.models.aria.config import AriaMoEConfig, AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
 from cantata.parallel.materialize import RandomInit, materialize
@@ -22,9 +22,11 @@ from cantata.parallel.mesh import MeshConfig, build_mesh
 from cantata.parallel.recompute import Recompute
 from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.objectives import NextToken
+from tests.distributed.join import join, totals_of
 from tests.distributed.spawn import run_ranks
 from tests.distributed.standin import make_batch
 from tests.distributed.test_fsdp2 import assert_same, whole
+from tests.nn.moe.small import balance
 
 pytestmark = pytest.mark.distributed
 
@@ -46,9 +48,9 @@ MOE = AriaMoEConfig(
     top_k=2,
     num_shared_experts=1,
     expert_intermediate_size=16,
-    router_aux_loss_coef=1e-2,
-    router_z_loss_coef=1e-3,
-    expert_bias_update_rate=1e-3,
+    num_groups=1,
+    top_groups=1,
+    balance=balance(5, aux=1e-2, z=1e-3, bias=1e-3),
 )
 
 
@@ -88,7 +90,7 @@ def batches() -> list[Batch]:
 
 
 BATCHES = batches()
-TOTALS = StepTotals(sum(b.num_tokens for b in BATCHES), sum(b.num_targets for b in BATCHES))
+TOTALS = totals_of(BATCHES)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -110,7 +112,7 @@ def step_of(tied: bool, precision: str, recompute: Recompute) -> dict[str, Any]:
         state_dtype="fp32",
         offload="none",
     )
-    sums = engine.forward_backward(BATCHES[dist.get_rank()], NextToken(), TOTALS, last=True)
+    sums = engine.forward_backward(BATCHES[dist.get_rank()], NextToken(MOE.balance), TOTALS, last=True)
     found, norm = gradients(engine.model), engine.gradient_norm(1.0)
     engine.step(1.0)
     counts = sums["tokens_per_expert_LME"]
@@ -130,11 +132,9 @@ def variants() -> dict[str, dict[str, Any]]:
 def reference(tied: bool) -> dict[str, Any]:
     model = build(tied)
     materialize(model, RandomInit(model, 7), CPU)
-    counts = 0
-    for batch in BATCHES:
-        loss = NextToken()(model, batch, TOTALS)
-        loss.value.backward()
-        counts = counts + loss.sums["tokens_per_expert_LME"]
+    loss = NextToken(MOE.balance)(model, join(BATCHES), TOTALS)
+    loss.value.backward()
+    counts = loss.sums["tokens_per_expert_LME"]
     found = gradients(model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     return {"gradients": found, "norm": norm, "counts": counts}

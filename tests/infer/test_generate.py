@@ -14,6 +14,7 @@ from cantata.infer.generate import generate
 from cantata.models.aria.config import AriaMoEConfig, AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
 from cantata.models.aria.model import Aria
 from tests.distributed.spawn import run_ranks
+from tests.nn.moe.small import balance
 
 IMAGE_TOKEN, STOP, VOCABULARY, PATCH_VALUES = 9, 2, 40, 192
 
@@ -91,7 +92,7 @@ def aria() -> Aria:
         1,
         STOP,
         0,
-        AriaMoEConfig(4, 2, 1, 16, 0.0, 0.0, 0.0),
+        AriaMoEConfig(4, 2, 1, 16, 1, 1, balance(4)),
     )
     model = Aria(
         AriaVisionConfig(32, 64, 1, 2, 32, 8, 3, 1e-6, 0.2),

@@ -12,8 +12,9 @@ from cantata.core.types import Batch
 from cantata.models.protocol import LanguageModel
 from cantata.tools.verify import pack, synthetic_samples
 from tests.models.aria.small import small_aria, small_layout
+from tests.nn.moe.small import balance
 
-LAYOUT = small_layout(moe={"expert_bias_update_rate": 0.01})
+LAYOUT = small_layout(moe={"balance": balance(4, bias=0.01)})
 
 
 def aria() -> tuple[nn.Module, Batch]:
@@ -59,9 +60,9 @@ def test_router_stats_have_a_row_for_each_moe_layer(make: Make) -> None:
     layers = model.moe_layers()
     router = model(batch).router
     assert router is not None
-    assert router.loss.shape == router.aux_loss.shape == router.z_loss.shape == (len(layers),)
+    assert router.z_sum.shape == router.sequence_sum.shape == (len(layers),)
     assert router.tokens_per_expert_ME.shape[0] == len(layers)
-    assert (model.expert_bias_update_rate > 0) == (layers[0].router.expert_bias_E is not None)
+    assert (model.balance.bias_update_rate > 0) == (layers[0].router.expert_bias_E is not None)
 
 
 @family

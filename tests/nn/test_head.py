@@ -22,7 +22,7 @@ def test_equals_norm_linear_and_cross_entropy(tied: bool, with_logits: bool) -> 
     assert weight is not None
     labels = torch.tensor([3, IGNORE_INDEX, 7, 19, IGNORE_INDEX])
     x = torch.randn(5, 8, requires_grad=True)
-    out = head(x, labels, torch.tensor([0, 2, 3]), embedding if tied else None, with_logits)
+    out = head(x, labels, torch.tensor([0, 2, 3]), None, embedding if tied else None, with_logits)
     logits = F.linear(head.norm(x), weight)
     torch.testing.assert_close(
         out.loss_sum, F.cross_entropy(logits, labels, reduction="sum"), rtol=1e-6, atol=1e-6

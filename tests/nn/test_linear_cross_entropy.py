@@ -35,6 +35,27 @@ def test_equals_the_plain_twin(monkeypatch: pytest.MonkeyPatch, rows: int, chunk
         assert float((fast - slow).abs().max()) <= 1e-6 * max(1.0, float(slow.abs().max()))
 
 
+@pytest.mark.parametrize("chunk", [250, 10**6])
+def test_weighted_rows_equal_the_plain_sum(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    x, weight, labels = torch.randn(30, 8), torch.randn(50, 8), torch.randint(50, (30,))
+    row_weight_N = torch.rand(30) * 2
+    results = []
+    for fast in (True, False):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        if fast:
+            loss_sum, loss_N = linear_cross_entropy(*leaves, labels, row_weight_N)
+        else:
+            _, loss_N = plain(*leaves, labels)
+            losses_N = F.cross_entropy(leaves[0] @ leaves[1].t(), labels, reduction="none")
+            loss_sum = (losses_N * row_weight_N).sum()
+        loss_sum.backward()
+        results.append([loss_sum.detach(), loss_N.detach(), *(leaf.grad for leaf in leaves)])
+    for found, wanted in zip(*results, strict=True):
+        assert float((found - wanted).abs().max()) <= 1e-6 * max(1.0, float(wanted.abs().max()))
+
+
 def test_extreme_logits_stay_finite_and_right() -> None:
     x = torch.tensor([[400.0, 0.0], [0.0, 400.0], [-300.0, 300.0]])
     weight = torch.eye(2)

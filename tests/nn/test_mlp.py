@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from cantata.nn.mlp import GELU, SwiGLU, swiglu
+from cantata.nn.mlp import GELU, SwiGLU, gate, gate_gradients
 
 
-def test_swiglu_equals_the_plain_expression() -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gate_equals_the_plain_expression(weighted: bool) -> None:
     torch.manual_seed(0)
-    x, grad = torch.randn(5, 12), torch.randn(5, 6)
-    fast, slow = x.clone().requires_grad_(), x.clone().requires_grad_()
-    out = swiglu(fast)
-    out.backward(grad)
-    gate, up = slow.chunk(2, dim=-1)
-    expected = F.silu(gate) * up
+    inner, weights, grad = torch.randn(5, 12), torch.rand(5, 1), torch.randn(5, 6)
+    inner.requires_grad_()
+    weights.requires_grad_()
+    first, second = inner.chunk(2, dim=-1)
+    expected = F.silu(first) * second * (weights if weighted else 1)
     expected.backward(grad)
-    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(fast.grad, slow.grad, rtol=1e-6, atol=1e-6)
+    given = (weights.detach(),) if weighted else ()
+    torch.testing.assert_close(gate(inner.detach(), *given), expected, rtol=1e-6, atol=1e-6)
+    hidden, grad_inner, grad_weights = gate_gradients(inner.detach(), grad, *given)
+    torch.testing.assert_close(hidden, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad_inner, inner.grad, rtol=1e-6, atol=1e-6)
+    if weighted:
+        torch.testing.assert_close(grad_weights[:, None], weights.grad, rtol=1e-6, atol=1e-6)
+    else:
+        assert grad_weights is None
 
 
 def test_blocks_equal_their_formulas() -> None:

@@ -25,7 +25,7 @@ def _process_group() -> Iterator[None]:
 def sharded(tied: bool) -> StandIn:
     model = build_on_meta(tied)
     mesh = build_mesh(MeshConfig(1, -1, 1), 1, "cpu")
-    apply_sharding(model, model.units(), Sharding(mesh, torch.bfloat16, offload_parameters=False))
+    apply_sharding(model, model.units(), mesh, Sharding(torch.bfloat16, offload_parameters=False))
     return model
 
 

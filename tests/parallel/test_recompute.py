@@ -47,7 +47,7 @@ def run(model: StandIn) -> tuple[list[Tensor], int, Counter[str], Counter[str]]:
         y_TD, total = x_TD, torch.zeros(())
         for block in model.blocks:
             y_TD, stats = block(y_TD)
-            total = total + stats.loss
+            total = total + stats.z_sum / len(y_TD) * 1e-2
     with backward:
         (y_TD.square().sum() + total).backward()
     assert x_TD.grad is not None

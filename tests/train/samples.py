@@ -31,6 +31,7 @@ def report(out: Path, **changes: object) -> StartupReport:
         "sequence_length": 512,
         "gradient_accumulation_steps": 2,
         "memory": MemoryEstimate(34 << 20, 34 << 20, 68 << 20, 9 << 20, 312 << 20),
+        "traffic": None,
         "flops_per_step": 1.52e11,
         "notes": ["TensorBoard: tensorboard --logdir outputs/aria_mini/tensorboard"],
     }

@@ -37,7 +37,7 @@ def pack(samples: Sequence[Sample], padding: int = 0) -> Batch:
 
 
 class StandIn(nn.Module):
-    """A target costs its label times the weight; layer l's router loss is (l + 1) times the mean token."""
+    """A target costs its label times the weight; layer l's z loss is (l + 1) times the mean token."""
 
     def __init__(self, with_router: bool = True) -> None:
         super().__init__()
@@ -50,8 +50,10 @@ class StandIn(nn.Module):
         return ModelOutput(loss_N.sum(), loss_N.detach(), router, None)
 
     def _router(self, batch: Batch) -> RouterStats:
-        mean: Tensor = batch.input_ids_T[: batch.num_tokens].sum() / max(1, batch.num_tokens)
-        loss_L = self.weight * mean * torch.tensor([1.0, 2.0])
+        total: Tensor = batch.input_ids_T[: batch.num_tokens].sum()
+        z_sum_L = self.weight * total * torch.tensor([1.0, 2.0])
         expert_T1 = (batch.input_ids_T % EXPERTS)[:, None]
         counts_ME = count_by_modality(expert_T1, batch.modality_ids_T, EXPERTS)
-        return RouterStats(loss_L, loss_L.detach(), 10 * loss_L.detach(), torch.stack([counts_ME, counts_ME]))
+        counts_LME = torch.stack([counts_ME, counts_ME])
+        mass_LME = torch.zeros(counts_LME.shape)
+        return RouterStats(mass_LME, z_sum_L, torch.zeros(2), counts_LME)

@@ -27,7 +27,7 @@ def engine(model: nn.Module) -> Any:
 
 @pytest.mark.parametrize("batches", [[[LONG, SHORT]], [[LONG], [SHORT]], [[SHORT], [], [LONG]]])
 def test_every_target_weighs_the_same_however_batches_are_cut(batches: list[Any]) -> None:
-    record = evaluate(engine(StandIn()), NextToken(), [pack(samples, 2) for samples in batches])
+    record = evaluate(engine(StandIn()), NextToken(None), [pack(samples, 2) for samples in batches])
     assert record == {
         "eval/loss": pytest.approx(1.5 * (1 + 4 + 1 + 5 + 9 + 6) / 6),
         "eval/loss/text": pytest.approx(1.5 * 20 / 5),
@@ -45,14 +45,14 @@ def test_the_model_evaluates_without_gradients_and_trains_on_afterwards() -> Non
             assert not torch.is_grad_enabled()
             return super().__call__(model, batch, totals)
 
-    evaluate(engine(model), Watch(), [pack([LONG])])
+    evaluate(engine(model), Watch(None), [pack([LONG])])
     assert model.training
     assert model.weight.grad is None
 
 
 def test_nothing_left_to_evaluate_is_an_error_that_names_the_keys() -> None:
     with pytest.raises(RunError, match=r"every held-out sample was left out .*train\.eval_every=0"):
-        evaluate(engine(StandIn()), NextToken(), [])
+        evaluate(engine(StandIn()), NextToken(None), [])
 
 
 class Run:

@@ -11,17 +11,17 @@ import torch
 import torch.distributed as dist
 
 from cantata.core.errors import ConfigError, RunError
-from cantata.core.types import StepTotals
 from cantata.parallel.materialize import RandomInit
 from cantata.parallel.mesh import MeshConfig, build_mesh
 from cantata.parallel.recompute import Recompute
 from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.objectives import NextToken
 from cantata.train.optim import ParameterRule
-from tests.distributed.standin import build_on_meta, make_batch
+from tests.distributed.join import totals_of
+from tests.distributed.standin import BALANCE, build_on_meta, make_batch
 
 BATCH = make_batch(20, 0)
-TOTALS = StepTotals(BATCH.num_tokens, BATCH.num_targets)
+TOTALS = totals_of([BATCH])
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def test_state_is_whole_after_an_evaluation() -> None:
     engine = build_engine()
     with torch.no_grad():
         engine.model(BATCH)
-    engine.forward_backward(BATCH, NextToken(), TOTALS, last=True)
+    engine.forward_backward(BATCH, NextToken(BALANCE), TOTALS, last=True)
     engine.gradient_norm(None)
     engine.step(1.0)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_a_foreign_state_is_refused() -> None:
 def test_skip_forgets_the_gradients() -> None:
     engine = build_engine()
     before = {name: value.full_tensor().clone() for name, value in engine.model.named_parameters()}
-    engine.forward_backward(BATCH, NextToken(), TOTALS, last=True)
+    engine.forward_backward(BATCH, NextToken(BALANCE), TOTALS, last=True)
     engine.skip()
     assert all(parameter.grad is None for parameter in engine.model.parameters())
     assert all(torch.equal(p.full_tensor(), before[name]) for name, p in engine.model.named_parameters())

@@ -26,6 +26,8 @@ CONFIG = TrainConfig(
     clip_grad_norm=1.0,
     log_every=1,
     eval_every=0,
+    expert_every=0,
+    expert_load_warning=None,
     recompute=Recompute.none,
     compile=False,
 )
@@ -114,7 +116,7 @@ def run(
 def test_a_step_counts_all_micro_batches_before_the_first_one_runs() -> None:
     engine = FakeEngine()
     end, results = run(engine, replace(CONFIG, max_steps=1))
-    totals = StepTotals(tokens=8, target_tokens=6)
+    totals = StepTotals(tokens=8, target_tokens=6, target_weight=6)
     assert engine.calls == [
         ("micro", "source:0", totals, False),
         ("micro", "source:1", totals, True),

@@ -143,6 +143,7 @@ def test_losses_are_weighted_by_targets() -> None:
         "loss_sum": torch.tensor(30.0),
         "loss_sum_M": torch.tensor([10.0, 20.0, 0.0]),
         "targets_M": torch.tensor([10.0, 5.0, 0.0]),
+        "target_weight_M": torch.tensor([10.0, 5.0, 0.0]),
     }
     assert loss_metrics(sums) == {"loss": 2.0, "loss/text": 1.0, "loss/image": 4.0}
     assert evaluation_metrics(sums) == {

@@ -23,7 +23,7 @@ def _process_group() -> Iterator[None]:
 @pytest.mark.usefixtures("_process_group")
 def test_sharded_and_plain_tensors_together() -> None:
     mesh = build_mesh(MeshConfig(1, -1, 1), 1, "cpu")
-    sharded = distribute_tensor(torch.tensor([3.0]), mesh)
+    sharded = distribute_tensor(torch.tensor([3.0]), mesh.dense)
     assert total_norm([sharded, torch.tensor([4.0])]).item() == pytest.approx(5.0, rel=1e-12)
 
 

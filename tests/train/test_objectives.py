@@ -9,17 +9,19 @@ from torch import Tensor
 from cantata.core.types import IMAGE, TEXT, StepTotals
 from cantata.train.metrics import StepSums
 from cantata.train.objectives import NextToken
-from tests.train.standin import Sample, StandIn, pack
+from tests.nn.moe.small import balance
+from tests.train.standin import EXPERTS, Sample, StandIn, pack
 
 SAMPLES: list[Sample] = [(TEXT, [3, 1, 4]), (IMAGE, [1, 5, 9, 2]), (TEXT, [6, 5])]
-TOTALS = StepTotals(tokens=9, target_tokens=6)
+TOTALS = StepTotals(tokens=9, target_tokens=6, target_weight=6)
+NEXT_TOKEN = NextToken(balance(EXPERTS, z=1.0))
 
 
 def step(*micro_batches: list[Sample], padding: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss, gradient and sums of a step made of these micro-batches."""
     model, sums, value = StandIn(), StepSums(), torch.tensor(0.0)
     for samples in micro_batches:
-        loss = NextToken()(model, pack(samples, padding), TOTALS)
+        loss = NEXT_TOKEN(model, pack(samples, padding), TOTALS)
         loss.value.backward()
         value += loss.value.detach()
         sums.add(loss.sums)
@@ -63,7 +65,7 @@ def test_targets_count_for_the_modality_of_their_sample() -> None:
 
 
 def test_a_model_without_experts_has_cross_entropy_alone() -> None:
-    loss = NextToken()(StandIn(with_router=False), pack(SAMPLES), TOTALS)
+    loss = NextToken(None)(StandIn(with_router=False), pack(SAMPLES), TOTALS)
     assert loss.value.item() == pytest.approx(1.5 * 26 / 6)
     assert not any("router" in name or "expert" in name for name in loss.sums)
     assert not any(value.requires_grad for value in loss.sums.values())

@@ -31,14 +31,17 @@ def result(step: int, seed: int | None = None) -> StepResult:
     loss_sum_M = torch.rand(3, generator=generator, dtype=torch.float64) * targets_M
     return StepResult(
         progress=Progress(step, 1000 * step, 500 * step),
-        totals=StepTotals(1000, int(targets_M.sum())),
+        totals=StepTotals(1000, int(targets_M.sum()), float(targets_M.sum())),
         sums={
             "loss_sum": loss_sum_M.sum(),
             "loss_sum_M": loss_sum_M,
             "targets_M": targets_M,
+            "target_weight_M": targets_M,
             "squared_lengths": torch.tensor(50_000.0, dtype=torch.float64),
-            "router/aux_loss_L": torch.tensor([1.0, 2.0 * step], dtype=torch.float64),
-            "router/z_loss_L": torch.tensor([0.5, 0.5], dtype=torch.float64),
+            "router/aux_loss_L": torch.tensor([600.0 * step, 800.0], dtype=torch.float64),
+            "router/aux_loss_LM": torch.tensor([[900.0, 0, 0], [300.0, 0, 0]], dtype=torch.float64),
+            "router/z_loss_L": torch.tensor([500.0, 500.0], dtype=torch.float64),
+            "router/tokens_M": torch.tensor([1000.0, 0, 0], dtype=torch.float64),
             "tokens_per_expert_LME": torch.randint(0, 9, (2, 3, 4), generator=generator).double(),
             "stop": torch.tensor(0.0, dtype=torch.float64),
         },
@@ -69,7 +72,9 @@ def test_losses_weigh_every_target_of_the_window_alike() -> None:
     assert record["loss"] == pytest.approx(losses.sum().item() / targets.sum().item(), rel=1e-14)
     assert record["loss/text"] == pytest.approx(losses[0].item() / targets[0].item(), rel=1e-14)
     assert "loss/video" not in record
-    assert record["router/aux_loss"] == pytest.approx((1.0 + 4.0) / 2)
+    assert record["router/aux_loss"] == pytest.approx((600 * (1 + 2 + 3) + 3 * 800) / 2 / 3000)
+    assert record["router/aux_loss/text"] == pytest.approx(0.6)
+    assert "router/aux_loss/image" not in record
     assert record["router/z_loss"] == 0.5
 
 

@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from cantata.core.compose import COMPOSITION_ERRORS, Composed, Origins, compose, explain, one_line
 from cantata.core.dist import find_process
@@ -35,6 +36,8 @@ __all__ = [
     "Stage",
     "compose",
     "load",
+    "missing_keys",
+    "read_config",
     "resolved",
     "run_stage",
     "save_config",
@@ -91,6 +94,17 @@ def save_config(config: Mapping[str, Any], path: Path) -> None:
     unfinished = path.with_name(path.name + ".incomplete")
     unfinished.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
     unfinished.replace(path)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What `save_config` wrote; `ConfigError` where there is none or it is no mapping."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is no mapping of keys")
+    return {str(key): value for key, value in content.items()}
 
 
 def stage_main(config_name: str) -> Callable[[Stage], Callable[[], None]]:
@@ -150,7 +164,7 @@ def _run_job(main: Stage, node: DictConfig, run_dirs: set[str]) -> int | None:
 
 def _require_values(content: Any) -> None:
     """Raise `InvalidKey` where YAML's `???` leaves values to the user."""
-    missing = list(_missing(content, ()))
+    missing = list(missing_keys(content))
     if missing:
         others = f" (and so must: {', '.join(dotted(key) for key in missing[1:])})" if missing[1:] else ""
         raise InvalidKey(
@@ -158,11 +172,12 @@ def _require_values(content: Any) -> None:
         )
 
 
-def _missing(content: Any, key: Key) -> Iterator[Key]:
+def missing_keys(content: Any, key: Key = ()) -> Iterator[Key]:
+    """The keys whose values YAML leaves to the user (`???`)."""
     if content == MANDATORY:
         yield key
     for name, value in content.items() if isinstance(content, dict) else ():
-        yield from _missing(value, (*key, name))
+        yield from missing_keys(value, (*key, name))
 
 
 def _check(node: dict[str, Any], key: Key, runtime: tuple[str, ...]) -> dict[str, Any]:

@@ -13,8 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Part = str | Image.Image
-"""A piece of text or an RGB image."""
+
+class Video(NamedTuple):
+    """Frames of a clip, RGB, in the order of time."""
+
+    frames: tuple[Image.Image, ...]
+
+
+Part = str | Image.Image | Video
+"""A piece of text, an RGB image, or a clip. Pages of a document are images."""
 
 
 class DataError(Exception):
@@ -43,11 +50,13 @@ class Message:
 
     role: str
     parts: tuple[Part, ...]
+    weight: float | None = None
+    """Weight of what it says in the loss, its end included; None: 1 for the assistant, 0 for the others."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation; only what the assistant says is learned."""
+    """A conversation; unless its messages say otherwise, only what the assistant says is learned."""
 
     messages: tuple[Message, ...]
 
@@ -73,8 +82,8 @@ class Sample:
     key: str
     """`source:index`, to name the sample in messages."""
     input_ids_T: NDArray[np.int32]
-    trained_T: NDArray[np.bool_]
-    """Whether the model learns to predict this token."""
+    weight_T: NDArray[np.float32]
+    """Weight of predicting this token in the loss; 0 where it is only context."""
     modality_ids_T: NDArray[np.int8]
     """Index into `core.types.MODALITIES`."""
     images: tuple[ImagePatches, ...]

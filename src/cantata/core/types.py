@@ -114,6 +114,8 @@ class Batch:
     """Tokens of each sample; their total is the number of tokens before the padding."""
     images: Images
     rows: tuple[RowInfo, ...] = field(default=())
+    target_weight_N: Tensor | None = None
+    """Weight of each target in the loss, fp32; None where all weigh 1."""
 
     @property
     def num_tokens(self) -> int:
@@ -123,6 +125,18 @@ class Batch:
     @property
     def num_targets(self) -> int:
         return self.target_index_N.numel()
+
+    @property
+    def target_weight(self) -> float:
+        """Weight of all targets together; waits for the device that they are on."""
+        weight_N = self.target_weight_N
+        return self.num_targets if weight_N is None else weight_N.double().sum().item()
+
+    def token_groups(self) -> TokenGroups:
+        """The modality and the sample of every token, on the device of `modality_ids_T`."""
+        sample_T = torch.full_like(self.modality_ids_T, len(self.samples.lengths))
+        sample_T[: self.samples.total] = self.samples.ids(sample_T.device)
+        return TokenGroups(self.modality_ids_T, sample_T, len(self.samples.lengths))
 
     def describe(self) -> str:
         """The samples of this batch, for messages."""
@@ -149,18 +163,29 @@ def _move(record: Record, device: torch.device | str, non_blocking: bool) -> Rec
     return replace(record, **moved)
 
 
+class TokenGroups(NamedTuple):
+    """What each token belongs to; routing is balanced over these groups."""
+
+    modality_T: Tensor
+    """Index into `MODALITIES`, or `PADDING`; int64."""
+    sample_T: Tensor
+    """Index of the sample, int64; padding holds `num_samples`."""
+    num_samples: int
+
+
 class RouterStats(NamedTuple):
     """What an MoE layer says of its routing; a model stacks its layers on the first axis.
 
-    Every value leaves padding out.
+    Sums over tokens, padding left out, so that they add up over ranks and micro-batches. The first three
+    carry gradient, unless the router is frozen.
     """
 
-    loss: Tensor
-    """Balance and z terms with their coefficients, mean over tokens; scalar or (L,), with gradient."""
-    aux_loss: Tensor
-    """Switch balance loss without its coefficient, detached."""
-    z_loss: Tensor
-    """Mean squared logsumexp without its coefficient, detached."""
+    mass_ME: Tensor
+    """Router probability of each expert by modality, fp32: (M, E) or (L, M, E)."""
+    z_sum: Tensor
+    """Squared logsumexp of the logits, fp32: scalar or (L,)."""
+    sequence_sum: Tensor
+    """Switch balance loss of each sample times its tokens, fp32: scalar or (L,); 0 where none asks for it."""
     tokens_per_expert_ME: Tensor
     """Tokens that chose each expert, by modality; int64, (M, E) or (L, M, E)."""
 
@@ -169,9 +194,9 @@ class ModelOutput(NamedTuple):
     """What a language model's forward returns."""
 
     loss_sum: Tensor
-    """Cross entropy summed over the targets, fp32 scalar."""
+    """Cross entropy times its weight, summed over the targets, fp32 scalar."""
     loss_N: Tensor
-    """Cross entropy of each target, fp32, detached."""
+    """Cross entropy of each target without its weight, fp32, detached."""
     router: RouterStats | None
     logits_TV: Tensor | None
 
@@ -181,3 +206,5 @@ class StepTotals(NamedTuple):
 
     tokens: int
     target_tokens: int
+    target_weight: float
+    """What the targets weigh together: their number, unless messages are weighted."""

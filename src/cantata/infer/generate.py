@@ -96,6 +96,6 @@ def _longer(sample: Sample, token: int) -> Sample:
     return replace(
         sample,
         input_ids_T=np.append(sample.input_ids_T, np.int32(token)),
-        trained_T=np.append(sample.trained_T, False),
+        weight_T=np.append(sample.weight_T, np.float32(0)),
         modality_ids_T=np.append(sample.modality_ids_T, np.int8(TEXT)),
     )

@@ -151,6 +151,7 @@ class HubWriter:
         self._shard: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
         self._bytes = self._total_bytes = self._total_parameters = 0
+        self._dtypes: set[torch.dtype] = set()
 
     def __enter__(self) -> Self:
         if self.directory.exists():
@@ -169,6 +170,7 @@ class HubWriter:
         self._bytes += size
         self._total_bytes += size
         self._total_parameters += value.numel()
+        self._dtypes.add(value.dtype)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -200,8 +202,10 @@ class HubWriter:
             totals = {"total_parameters": self._total_parameters, "total_size": self._total_bytes}
             index = {"metadata": totals, "weight_map": dict(sorted(weight_map.items()))}
             (self.path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        config = json.dumps(self._layout.hub_config(), indent=2) + "\n"
-        (self.path / CONFIG).write_text(config, encoding="utf-8")
+        config = self._layout.hub_config()
+        if len(self._dtypes) == 1:
+            config["dtype"] = str(*self._dtypes).removeprefix("torch.")
+        (self.path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self.path.rename(self.directory)
 
 

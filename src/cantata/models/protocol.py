@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from cantata.core.samples import Processor
 from cantata.core.types import Batch, ModelOutput
+from cantata.nn.moe.balance import BalanceConfig
 from cantata.nn.moe.layer import MoELayer
 
 
@@ -34,7 +36,11 @@ class HubLayout(Protocol):
         ...
 
     def hub_config(self) -> dict[str, object]:
-        """`config.json` as transformers reads it."""
+        """`config.json` as transformers reads it; `ConfigError` where the layout cannot tell how to route."""
+        ...
+
+    def write_processor(self, processor: Processor, directory: Path) -> list[str]:
+        """Write tokenizer and processor files beside the weights; returns lines on what is not there."""
         ...
 
 
@@ -67,8 +73,8 @@ class LanguageModel(Protocol):
     def hub_layout(self) -> HubLayout: ...
 
     @property
-    def expert_bias_update_rate(self) -> float:
-        """Step of the loss-free balance bias; 0 where the routers have none."""
+    def balance(self) -> BalanceConfig | None:
+        """How the routers are balanced; None for a model without experts."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...

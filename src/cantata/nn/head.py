@@ -40,6 +40,7 @@ class LanguageHead(nn.Module):
         x_TD: Tensor,
         labels_T: Tensor,
         target_index_N: Tensor,
+        target_weight_N: Tensor | None,
         tied_weight_VD: Tensor | None,
         with_logits: bool,
     ) -> HeadOutput:
@@ -50,5 +51,6 @@ class LanguageHead(nn.Module):
             rows_ND, logits_TV = take_rows(x_TD, target_index_N), linear(x_TD, weight_VD)
         else:
             rows_ND, logits_TV = self.norm(take_rows(x_TD, target_index_N)), None
-        loss_sum, loss_N = linear_cross_entropy(rows_ND, weight_VD, labels_T.index_select(0, target_index_N))
+        labels_N = labels_T.index_select(0, target_index_N)
+        loss_sum, loss_N = linear_cross_entropy(rows_ND, weight_VD, labels_N, target_weight_N)
         return HeadOutput(loss_sum, loss_N, logits_TV)

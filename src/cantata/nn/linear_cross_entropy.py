@@ -16,21 +16,32 @@ _STRIP_ELEMENTS = 2**18
 """Logits that are softmaxed in fp32 at a time on the CPU: what its cache holds."""
 
 
-def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy of `x @ weight.T`: its fp32 sum over the rows, and each row's value (detached).
+def linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, row_weight_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of `x @ weight.T`: its weighted fp32 sum over the rows, and each row's value (detached).
+
+    Rows weigh 1 where `row_weight_N` (fp32) is None. The values of rows are without their weights.
 
     Gradients are made in the forward pass, chunk by chunk, while the logits are at hand; backward only
     scales them. The softmax is fp32 and the weight's gradient is summed over chunks in fp32. A second
     backward through the same result raises.
     """
-    loss_sum, loss_N = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    loss_sum, loss_N = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        x_ND, weight_VD, labels_N, row_weight_N, torch.is_grad_enabled()
+    )
     return loss_sum, loss_N
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, with_grad: bool
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        row_weight_N: Tensor | None,
+        with_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         needs_x, needs_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         rows = max(1, max(_CHUNK_ELEMENTS, weight_VD.numel() // 4) // weight_VD.shape[0])
@@ -43,11 +54,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x_ND), rows):
             part = slice(start, start + rows)
             grad_part = None if grad_x is None else grad_x[part]
-            loss_N[part] = _one_chunk(x_ND[part], weight, labels_N[part], grad_part, grad_weight)
+            weights = None if row_weight_N is None else row_weight_N[part, None]
+            loss_N[part] = _one_chunk(x_ND[part], weight, labels_N[part], weights, grad_part, grad_weight)
         ctx.grads = (grad_x, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(loss_N)
-        return loss_N.sum(), loss_N
+        return (loss_N if row_weight_N is None else loss_N * row_weight_N).sum(), loss_N
 
     @staticmethod
     @once_differentiable
@@ -60,23 +72,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_x = grad_x.mul_(grad)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad).to(ctx.weight_dtype)
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
 
 
 def _one_chunk(
-    x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    row_weight_N1: Tensor | None,
+    grad_x: Tensor | None,
+    grad_weight: Tensor | None,
 ) -> Tensor:
     """Losses of a few rows; writes their gradient, and adds to the weight's."""
     x = x_ND.to(weight_VD.dtype)
     logits = x @ weight_VD.t()
     loss_N = _softmax_minus_one_hot_(logits, labels_N)
     if grad_x is not None:
-        grad_x.copy_(logits @ weight_VD)
+        grad_x.copy_(_weighted(logits @ weight_VD, row_weight_N1))
+    # Weighing D columns on either side is cheaper than V logits.
+    x = _weighted(x, row_weight_N1)
     if grad_weight is not None and grad_weight.dtype == logits.dtype:
         grad_weight.addmm_(logits.t(), x)
     elif grad_weight is not None:
         grad_weight.add_(logits.t() @ x)
     return loss_N
+
+
+def _weighted(rows_ND: Tensor, row_weight_N1: Tensor | None) -> Tensor:
+    return rows_ND if row_weight_N1 is None else rows_ND * row_weight_N1.to(rows_ND.dtype)
 
 
 def _softmax_minus_one_hot_(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

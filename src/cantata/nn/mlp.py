@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from cantata.nn.matmul import Linear
 
 
-class _SwiGLU(torch.autograd.Function):
-    """`silu(gate) * up` that keeps only its inputs and writes both gradients into one buffer."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        result = torch.empty_like(gate_up)
-        grad_gate, grad_up = result.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return result
+def gate(inner_TF: Tensor, weights_T1: Tensor | None = None) -> Tensor:
+    """`silu(g) * u` of a tensor whose last dimension holds [g | u] (Shazeer, 2020), times the weights."""
+    gate_TF, up_TF = inner_TF.chunk(2, dim=-1)
+    hidden_TF = F.silu(gate_TF).mul_(up_TF)
+    return hidden_TF if weights_T1 is None else hidden_TF.mul_(weights_T1)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up` of a tensor whose last dimension holds [gate | up] (Shazeer, 2020)."""
-    result: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
-    return result
+def gate_gradients(
+    inner_TF: Tensor, grad_TF: Tensor, weights_T1: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `gate` gives, and the gradients of its two inputs."""
+    gate_TF, up_TF = inner_TF.chunk(2, dim=-1)
+    grad_inner_TF = torch.empty_like(inner_TF)
+    grad_gate_TF, grad_up_TF = grad_inner_TF.chunk(2, dim=-1)
+    silu_TF = F.silu(gate_TF)
+    hidden_TF = silu_TF * up_TF
+    grad_weights_T = None
+    if weights_T1 is not None:
+        grad_weights_T = (grad_TF * hidden_TF).sum(-1, dtype=torch.float32)
+        hidden_TF.mul_(weights_T1)
+        grad_TF = grad_TF * weights_T1.to(grad_TF.dtype)
+    torch.mul(silu_TF, grad_TF, out=grad_up_TF)
+    torch.ops.aten.silu_backward.grad_input(grad_TF * up_TF, gate_TF, grad_input=grad_gate_TF)
+    return hidden_TF, grad_inner_TF, grad_weights_T
 
 
 class SwiGLU(nn.Module):

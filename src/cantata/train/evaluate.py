@@ -13,7 +13,7 @@ from cantata.train.engine import Engine, Objective
 from cantata.train.loop import StepResult
 from cantata.train.metrics import Record, StepSums, evaluation_metrics
 
-UNSCALED = StepTotals(tokens=1, target_tokens=1)
+UNSCALED = StepTotals(tokens=1, target_tokens=1, target_weight=1.0)
 """Totals of an evaluation: its sums are divided once, when every batch has been seen."""
 
 

@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.utils import clip_grads_with_norm_
 
 from cantata.core.errors import ConfigError, RunError
 from cantata.core.types import Batch, StepTotals
 from cantata.parallel.fsdp import Sharding, sharded_modules
 from cantata.parallel.materialize import Source, materialize, persistent_tensors
+from cantata.parallel.mesh import RankMesh
 from cantata.parallel.plan import apply_plan
 from cantata.parallel.recompute import Recompute
 from cantata.train.engine import Objective
-from cantata.train.norm import total_norm
+from cantata.train.norm import clip, total_norm
 from cantata.train.optim import (
     OptimizerPartial,
     ParameterRule,
@@ -46,7 +45,7 @@ class FSDP2Engine:
 
     Args:
         model: on the meta device, following `models.protocol.LanguageModel`.
-        mesh: (dp_replicate, dp_shard), from `parallel.mesh.build_mesh`.
+        mesh: from `parallel.mesh.build_mesh`.
         source: where initial values come from: `RandomInit` or a published checkpoint.
         optimizer: an optimizer of the Adam family, missing only its parameter groups.
         parameters: rates, decay and freezing by name pattern.
@@ -65,7 +64,7 @@ class FSDP2Engine:
         self,
         *,
         model: nn.Module,
-        mesh: DeviceMesh,
+        mesh: RankMesh,
         source: Source,
         optimizer: OptimizerPartial,
         parameters: Mapping[str, ParameterRule],
@@ -95,10 +94,8 @@ class FSDP2Engine:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(_DTYPES[state_dtype])
         offloaded = offload is Offload.parameters
-        sharding = Sharding(mesh, _DTYPES[precision], offloaded)
-        apply_plan(
-            model, device_type=mesh.device_type, recompute=recompute, compile=compile, sharding=sharding
-        )
+        sharding = Sharding(_DTYPES[precision], offloaded)
+        apply_plan(model, recompute=recompute, compile=compile, mesh=mesh, sharding=sharding)
         materialize(model, source, device, torch.device("cpu") if offloaded else None)
 
         groups = parameter_groups(model, parameters, *base)
@@ -127,7 +124,7 @@ class FSDP2Engine:
         gradients = [shard.grad for shard in self._trained.values() if shard.grad is not None]
         norm = total_norm(gradients)
         if max_norm is not None:
-            clip_grads_with_norm_(self._trained.values(), max_norm, norm.float())
+            clip(self._trained.values(), max_norm, norm)
         return norm.item()
 
     def step(self, learning_rate_factor: float) -> None:

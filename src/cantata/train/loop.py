@@ -112,7 +112,9 @@ def count(micro_batches: list[Batch], step: int) -> StepTotals:
     """
     tokens = sum(batch.num_tokens for batch in micro_batches)
     targets = sum(batch.num_targets for batch in micro_batches)
-    totals = StepTotals(*(round(value) for value in dist.all_reduce_sum([tokens, targets])))
+    weight = sum(batch.target_weight for batch in micro_batches)
+    all_tokens, all_targets, all_weight = dist.all_reduce_sum([tokens, targets, weight])
+    totals = StepTotals(round(all_tokens), round(all_targets), all_weight)
     if totals.target_tokens == 0:
         raise RunError(
             f"step {step}: no token of the batch carries a target ({describe(micro_batches)}); "

@@ -57,17 +57,17 @@ class StepSums:
 
 
 def loss_metrics(sums: Mapping[str, Tensor], prefix: str = "") -> Record:
-    """Cross entropy per target: `loss`, and `loss/<modality>` for each modality that has targets.
+    """Cross entropy per target, weighted: `loss`, and `loss/<modality>` for each modality that has targets.
 
     `sums` are `NextToken`'s, reduced over ranks; training windows and held-out sets share this function.
     A target's modality is that of the sample it stands in. Without any target the loss is None.
     """
-    targets_M, loss_sum_M = sums["targets_M"].tolist(), sums["loss_sum_M"].tolist()
-    targets = sum(targets_M)
-    record: Record = {f"{prefix}loss": sums["loss_sum"].item() / targets if targets else None}
-    for modality, loss_sum, count in zip(MODALITIES, loss_sum_M, targets_M, strict=True):
-        if count:
-            record[f"{prefix}loss/{modality}"] = loss_sum / count
+    weight_M, loss_sum_M = sums["target_weight_M"].tolist(), sums["loss_sum_M"].tolist()
+    weight = sum(weight_M)
+    record: Record = {f"{prefix}loss": sums["loss_sum"].item() / weight if weight else None}
+    for modality, loss_sum, share in zip(MODALITIES, loss_sum_M, weight_M, strict=True):
+        if share:
+            record[f"{prefix}loss/{modality}"] = loss_sum / share
     return record
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cantata.core.types import MODALITIES
 from cantata.train.expert_metrics import expert_metrics
 from cantata.train.flops import device_name, model_flops_utilisation, peak_flops
 from cantata.train.memory import peak_memory_gib
@@ -53,14 +54,12 @@ class Window:
 
     def _clear(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._steps = 0
         self._timed = _Timed()
 
     def add(self, result: StepResult) -> None:
         """Take a finished step; its sums are reduced over ranks and on the host."""
         for name, value in result.sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._steps += 1
         self._timed.add(result)
 
     def record(self, result: StepResult, base_learning_rate: float) -> Record:
@@ -80,7 +79,7 @@ class Window:
             "mfu": self._utilisation(),
         }
         record |= loss_metrics(self._sums)
-        record |= router_metrics(self._sums, self._steps)
+        record |= router_metrics(self._sums)
         if "tokens_per_expert_LME" in self._sums:
             record |= expert_metrics(self._sums["tokens_per_expert_LME"])
         self._clear()
@@ -96,12 +95,11 @@ class Window:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of the unfinished window as plain JSON values; fp64 survives JSON to the last bit."""
-        return {"steps": self._steps, "sums": {name: value.tolist() for name, value in self._sums.items()}}
+        return {"sums": {name: value.tolist() for name, value in self._sums.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the window of a checkpoint. Timing starts anew: it belongs to this process."""
         self._clear()
-        self._steps = state["steps"]
         self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["sums"].items()}
 
 
@@ -128,10 +126,23 @@ class _Timed:
         return self.squared_lengths / self.tokens
 
 
-def router_metrics(sums: Mapping[str, Tensor], steps: int) -> Record:
-    """`router/aux_loss` and `router/z_loss` without their coefficients: means over tokens and layers.
+def router_metrics(sums: Mapping[str, Tensor]) -> Record:
+    """The balance terms without their coefficients: means over tokens and layers.
 
-    Each step's sums are its mean over tokens already, so `steps` of them are divided by their number.
+    `router/aux_loss`, `router/z_loss`, `router/sequence_aux_loss` where it is used, and `router/aux_loss/<m>`
+    for each modality that sent tokens, over its own tokens.
     """
-    names = {"router/aux_loss": "router/aux_loss_L", "router/z_loss": "router/z_loss_L"}
-    return {name: (sums[key].mean() / steps).item() for name, key in names.items() if key in sums}
+    if "router/tokens_M" not in sums:
+        return {}
+    tokens_M = sums["router/tokens_M"].tolist()
+    tokens = max(sum(tokens_M), 1)
+    names = ("aux_loss", "z_loss", "sequence_aux_loss")
+    record: Record = {
+        f"router/{name}": sums[key].mean().item() / tokens
+        for name in names
+        if (key := f"router/{name}_L") in sums
+    }
+    for modality, sent, aux_L in zip(MODALITIES, tokens_M, sums["router/aux_loss_LM"].t(), strict=True):
+        if sent:
+            record[f"router/aux_loss/{modality}"] = aux_L.mean().item() / sent
+    return record

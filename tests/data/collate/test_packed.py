@@ -1,4 +1,5 @@
 import dataclasses
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -55,6 +56,19 @@ def test_fields_by_hand() -> None:
         batch.target_modality_N,
     )
     assert {tensor.dtype for tensor in int64} == {torch.int64}
+
+
+def test_weights_move_with_the_labels_and_are_left_out_where_all_are_one() -> None:
+    weighted = replace(samples()[0], weight_T=np.array([5.0, 0.5, 2.0], dtype=np.float32))
+    untrained = replace(samples()[2], weight_T=np.zeros(1, dtype=np.float32))
+    batch = collator().collate([collator().row([weighted, samples()[1]]), collator().row([untrained])], 8)
+    assert batch.target_weight_N is not None
+    assert batch.target_weight_N.tolist() == [0.5, 2.0, 1.0, 1.0]
+    assert batch.labels_T[batch.target_index_N].tolist() == [98, 99, 100, 101]
+    assert batch.target_weight == 4.5
+    plain = collator().collate([collator().row(samples())], 8)
+    assert plain.target_weight_N is None
+    assert plain.target_weight == plain.num_targets == 4
 
 
 def test_without_images_the_tensors_are_empty() -> None:

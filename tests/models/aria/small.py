@@ -10,6 +10,7 @@ import torch
 
 from cantata.models.aria import Aria, AriaMoEConfig, AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
 from cantata.models.aria.hf import AriaLayout
+from tests.nn.moe.small import balance
 
 
 def small_layout(moe: dict[str, Any] | None = None, **text: Any) -> AriaLayout:
@@ -19,9 +20,9 @@ def small_layout(moe: dict[str, Any] | None = None, **text: Any) -> AriaLayout:
         top_k=2,
         num_shared_experts=2,
         expert_intermediate_size=24,
-        router_aux_loss_coef=0.0,
-        router_z_loss_coef=0.0,
-        expert_bias_update_rate=0.0,
+        num_groups=1,
+        top_groups=1,
+        balance=balance(4),
     )
     decoder = AriaTextConfig(
         vocab_size=64,

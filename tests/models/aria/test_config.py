@@ -20,7 +20,7 @@ from tests.models.aria.small import small_layout
         ),
         ({"num_key_value_heads": 0}, "model.text.num_key_value_heads is 0"),
         ({"head_dim": 7}, "model.text.head_dim is 7"),
-        ({"moe": {"top_k": 5}}, "model.text.moe.top_k is 5; it must lie between 1 and num_experts (4)"),
+        ({"moe": {"top_k": 5}}, "model.text.moe.top_k is 5; it must lie between 1 and the 4 experts in"),
     ],
 )
 def test_text(change: dict[str, object], message: str) -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cantata.core.types import IMAGE, PADDING, RouterStats, Segments
+from cantata.core.types import IMAGE, PADDING, RouterStats, Segments, TokenGroups
 from cantata.models.aria.decoder import DecoderBlock, build_moe_layer
 from cantata.nn.attention import PackedAttention
 from cantata.nn.rope import rotary_tables
 from tests.models.aria.small import small_aria, small_layout
+from tests.nn.moe.small import balance
 
 LAYOUT = small_layout()
 SAMPLES = Segments((5, 3, 6))
@@ -35,7 +36,8 @@ def run(
     tables = rotary_tables(positions_T, TEXT.head_dim, TEXT.rope_theta, x_TD.dtype)
     if modality_ids_T is None:
         modality_ids_T = torch.zeros(SAMPLES.total, dtype=torch.int64)
-    y_TD, stats = layer(x_TD, tables, modality_ids_T, PackedAttention(SAMPLES, causal=True))
+    groups = TokenGroups(modality_ids_T, SAMPLES.ids(), len(SAMPLES.lengths))
+    y_TD, stats = layer(x_TD, tables, groups, PackedAttention(SAMPLES, causal=True))
     return y_TD, stats
 
 
@@ -75,6 +77,6 @@ def test_every_token_but_padding_is_counted_top_k_times_under_its_modality() -> 
 
 def test_the_balance_bias_is_built_only_where_it_moves() -> None:
     assert build_moe_layer(TEXT).router.expert_bias_E is None
-    moving = build_moe_layer(small_layout(moe={"expert_bias_update_rate": 0.01}).text)
+    moving = build_moe_layer(small_layout(moe={"balance": balance(4, bias=0.01)}).text)
     assert moving.router.expert_bias_E is not None
     assert moving.router.expert_bias_E.shape == (TEXT.moe.num_experts,)

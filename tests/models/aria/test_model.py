@@ -11,10 +11,12 @@ from torch import Tensor
 from cantata.core.types import ModelOutput
 from cantata.models.aria import Aria
 from cantata.models.protocol import LanguageModel
+from cantata.nn.moe.balance import balance_loss
 from cantata.tools.verify import Sample, pack, synthetic_samples
 from tests.models.aria.small import small_aria, small_layout
+from tests.nn.moe.small import balance
 
-LAYOUT = small_layout(moe={"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01})
+LAYOUT = small_layout(moe={"balance": balance(4, aux=0.1, z=0.01)})
 
 
 def run(model: Aria, samples: list[Sample], padding: int = 0) -> tuple[ModelOutput, dict[str, Tensor]]:
@@ -65,7 +67,7 @@ def test_padded_equals_alone(padding: int) -> None:
     padded, padded_gradients = run(model, samples, padding)
     assert_same(padded.logits_TV[:-padding], alone.logits_TV)
     assert_same(padded.loss_sum, alone.loss_sum)
-    for name in ("loss", "aux_loss", "z_loss"):
+    for name in ("mass_ME", "z_sum", "sequence_sum"):
         assert_same(getattr(padded.router, name), getattr(alone.router, name))
     assert torch.equal(padded.router.tokens_per_expert_ME, alone.router.tokens_per_expert_ME)
     for name, gradient in gradients.items():
@@ -76,7 +78,8 @@ def test_padding_never_reaches_the_router_losses() -> None:
     model, samples = small_aria(LAYOUT), synthetic_samples(LAYOUT, 0)
     gradients = []
     for padding in (0, 9):
-        loss = model(pack(samples, LAYOUT, padding)).router.loss.sum()
+        stats = model(pack(samples, LAYOUT, padding)).router
+        loss = balance_loss(stats, stats.tokens_per_expert_ME, model.balance).loss_sum
         gradients.append(torch.autograd.grad(loss, model.text.embed_tokens.weight)[0])
     assert_same(*gradients)
 
@@ -167,12 +170,12 @@ def test_moe_layers_are_in_the_order_of_the_stats() -> None:
         model.moe_layers()[1].router.weight.zero_()
     router = model(pack(synthetic_samples(LAYOUT, 0), LAYOUT)).router
     assert router.tokens_per_expert_ME.shape == (2, 3, 4)
-    assert router.aux_loss[1].item() == pytest.approx(1.0)
-    assert router.aux_loss[0].item() != pytest.approx(1.0)
+    assert router.mass_ME[1].sum(0).std().item() == pytest.approx(0.0, abs=1e-5)
+    assert router.mass_ME[0].sum(0).std().item() > 1e-3
 
 
 def test_meta_build_and_initial_values() -> None:
-    layout = small_layout(moe={"expert_bias_update_rate": 0.01}, hidden_size=64, vocab_size=512)
+    layout = small_layout(moe={"balance": balance(4, bias=0.01)}, hidden_size=64, vocab_size=512)
     with torch.device("meta"):
         meta = Aria(*layout)
     assert all(p.is_meta for p in meta.parameters())

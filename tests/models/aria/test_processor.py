@@ -16,7 +16,7 @@ from cantata.core.errors import ConfigError
 from cantata.core.locate import asset
 from cantata.core.samples import Chat, DataError, Document, Message, Sample
 from cantata.core.types import IMAGE, TEXT
-from cantata.data.images import open_image
+from cantata.data.media.images import open_image
 from cantata.models.aria.processor import AriaProcessor
 from tests.data.helpers import TOKENS, mini_processor
 
@@ -41,7 +41,7 @@ def published(image_size: int, **changes: Any) -> AriaProcessor:
 def test_document() -> None:
     sample = mini_processor().encode(Document((RED, "a red square")), "s:0")
     assert text(sample) == "<fim_prefix>" + "<|img|>" * 16 + "<fim_suffix>a red square<|endoftext|>"
-    assert text(sample, sample.trained_T) == "a red square<|endoftext|>"
+    assert text(sample, sample.weight_T > 0) == "a red square<|endoftext|>"
     assert sample.modality_ids_T.tolist() == [IMAGE if token == IMG else TEXT for token in sample.input_ids_T]
     [image] = sample.images
     assert image.patches_PC.shape == (64, 192)
@@ -71,7 +71,7 @@ def test_chat_is_chatml_and_trains_on_the_assistant() -> None:
         "<|im_start|>user\nAnd <|im_end|> now?<|im_end|>\n"
         "<|im_start|>assistant\nStill red.<|im_end|>\n"
     )
-    assert text(sample, sample.trained_T) == "Red.<|im_end|>Still red.<|im_end|>"
+    assert text(sample, sample.weight_T > 0) == "Red.<|im_end|>Still red.<|im_end|>"
     assert (sample.input_ids_T == STOP).sum() == 5  # the one spelt out by the user is text
 
 
@@ -99,7 +99,7 @@ def test_prompts_are_beginnings() -> None:
     whole = processor.encode(Document((RED, "a red")), "s:0").input_ids_T
     prompt = processor.encode_prompt(Document((RED, "a red")))
     assert np.array_equal(prompt.input_ids_T, whole[:-1])
-    assert not prompt.trained_T.any()
+    assert not prompt.weight_T.any()
     whole = processor.encode(Chat(CHAT.messages[:3]), "s:0").input_ids_T
     prompt = processor.encode_prompt(Chat(CHAT.messages[:2]))
     assert np.array_equal(prompt.input_ids_T, whole[: len(prompt)])

@@ -1,4 +1,4 @@
-"""The local dispatcher against loops over tokens and choices."""
+"""Rows in expert order and their sums against loops over tokens and choices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cantata.nn.moe.dispatch import LocalDispatcher
+from cantata.nn.moe.dispatch import LocalDispatcher, Order, expand, reduce
 
 
 def slow(x: Tensor, index: Tensor, weights: Tensor, scale_E: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -34,10 +34,11 @@ def test_equals_loops(tokens: int, top_k: int) -> None:
     grad = torch.randn(tokens, 4)
 
     x, weights = x0.clone().requires_grad_(), weights0.clone().requires_grad_()
-    dispatcher = LocalDispatcher(6)
-    rows, tokens_per_expert_E, state = dispatcher.dispatch(x, index)
+    dispatched = LocalDispatcher(6).receive(LocalDispatcher(6).send(x, weights, index))
+    tokens_per_expert_E, order = dispatched.tokens_per_expert_E, dispatched.order
+    rows = expand(dispatched.x_ND, order)
     y = rows * scale_E.repeat_interleave(tokens_per_expert_E)[:, None]
-    out = dispatcher.combine(y, weights, state)
+    out = reduce(y, weights, order)
     out.backward(grad)
 
     slow_x, slow_weights = x0.clone().requires_grad_(), weights0.clone().requires_grad_()
@@ -56,8 +57,7 @@ def test_bf16_rounds_once() -> None:
     torch.manual_seed(0)
     index = torch.stack([torch.randperm(6)[:4] for _ in range(50)])
     x, weights = torch.randn(50, 8).bfloat16(), torch.rand(50, 4).softmax(-1)
-    dispatcher = LocalDispatcher(6)
-    rows, _, state = dispatcher.dispatch(x, index)
-    out = dispatcher.combine(rows, weights, state)
+    order = Order.of(index)
+    out = reduce(expand(x, order), weights, order)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), x.float(), rtol=2**-6, atol=1e-6)

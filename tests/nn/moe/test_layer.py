@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from cantata.nn.mlp import SwiGLU
 from cantata.nn.moe.experts import Experts
 from cantata.nn.moe.layer import MoELayer
-from cantata.nn.moe.router import TopKRouter
+from tests.nn.moe.small import one_sample, small_router
 
 
 def test_equals_a_loop_over_tokens() -> None:
     torch.manual_seed(0)
-    router = TopKRouter(8, 5, 2, aux_loss_coef=0.0, z_loss_coef=0.0, use_expert_bias=False)
+    router = small_router(8, 5, 2)
     layer = MoELayer(router, Experts(5, 8, 12), SwiGLU(8, 24))
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     x = torch.randn(7, 8)
-    out, stats = layer(x, torch.zeros(7, dtype=torch.int64))
+    out, stats = layer(x, one_sample(torch.zeros(7, dtype=torch.int64)))
     rows = []
     for token in x:
         top = torch.topk(router.weight @ token, 2)

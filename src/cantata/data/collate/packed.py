@@ -24,6 +24,8 @@ class Row(NamedTuple):
 
     tokens_FT: Tensor
     """The token fields, int32."""
+    weight_T: Tensor
+    """Weight of each label, fp32."""
     lengths: tuple[int, ...]
     """Tokens of each sample."""
     patches_PC: Tensor
@@ -59,9 +61,12 @@ class PackedCollator:
         images = [image for sample in samples for image in sample.images]
         fields = [_fields(sample) for sample in samples]
         tokens = np.concatenate(fields, axis=1) if fields else np.zeros((5, 0), dtype=np.int32)
+        shifted = [_shifted_weight(sample) for sample in samples]
+        weights = np.concatenate([np.zeros(0, dtype=np.float32), *shifted])
         patches, position_ids = _join(images, self.processor.patch_values)
         return Row(
             tokens_FT=torch.from_numpy(tokens),
+            weight_T=torch.from_numpy(weights),
             lengths=tuple(len(sample) for sample in samples),
             patches_PC=torch.from_numpy(patches),
             position_ids_P=torch.from_numpy(position_ids),
@@ -85,6 +90,7 @@ class PackedCollator:
         tokens_FT[:, total:] = padding[:, None]
         ids_T, labels_T, positions_T, modality_T, sample_modality_T = tokens_FT
         target_index_N = torch.nonzero(labels_T != IGNORE_INDEX).flatten()
+        target_weight_N = torch.cat([row.weight_T for row in rows])[target_index_N]
         return Batch(
             input_ids_T=ids_T,
             labels_T=labels_T,
@@ -101,6 +107,7 @@ class PackedCollator:
                 token_index_Q=torch.nonzero(ids_T == self.processor.image_token_id).flatten(),
             ),
             rows=tuple(row.info for row in rows if row.info is not None),
+            target_weight_N=None if bool((target_weight_N == 1).all()) else target_weight_N,
         )
 
     def _check(self, sample: Sample) -> None:
@@ -116,11 +123,17 @@ def _fields(sample: Sample) -> np.ndarray:
     tokens_FT = np.empty((5, len(sample)), dtype=np.int32)
     tokens_FT[IDS] = sample.input_ids_T
     tokens_FT[LABELS] = IGNORE_INDEX
-    tokens_FT[LABELS, :-1] = np.where(sample.trained_T[1:], sample.input_ids_T[1:], IGNORE_INDEX)
+    tokens_FT[LABELS, :-1] = np.where(sample.weight_T[1:] > 0, sample.input_ids_T[1:], IGNORE_INDEX)
     tokens_FT[POSITIONS] = np.arange(len(sample))
     tokens_FT[MODALITY] = sample.modality_ids_T
     tokens_FT[SAMPLE_MODALITY] = sample.modality_ids_T.max(initial=0)
     return tokens_FT
+
+
+def _shifted_weight(sample: Sample) -> np.ndarray:
+    weight_T = np.zeros(len(sample), dtype=np.float32)
+    weight_T[:-1] = sample.weight_T[1:]
+    return weight_T
 
 
 def _join(images: Sequence[ImagePatches], patch_values: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cantata.core.errors import ConfigError
+from cantata.nn.moe.balance import BalanceConfig
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,24 @@ class AriaMoEConfig:
     top_k: int
     num_shared_experts: int
     expert_intermediate_size: int
-    router_aux_loss_coef: float
-    """Weight of the Switch balance loss; 0 leaves it out of the loss."""
-    router_z_loss_coef: float
-    """Weight of the router z-loss; 0 leaves it out of the loss."""
-    expert_bias_update_rate: float
-    """Step of the loss-free balance bias; 0 builds the routers without one."""
+    num_groups: int
+    """Equal groups of consecutive experts that a token chooses among first; 1 is without groups."""
+    top_groups: int
+    """Groups that a token may send itself to; as many as `num_groups` limits nothing."""
+    balance: BalanceConfig
 
     def __post_init__(self) -> None:
-        if self.expert_bias_update_rate < 0:
+        self.balance.check(self.num_experts)
+        if not 1 <= self.top_groups <= self.num_groups or self.num_experts % self.num_groups:
             raise ConfigError(
-                "model.text.moe.expert_bias_update_rate must not be negative; 0 is without a bias"
+                f"model.text.moe: num_groups ({self.num_groups}) must divide num_experts "
+                f"({self.num_experts}), and top_groups ({self.top_groups}) lie between 1 and num_groups"
             )
-        if not 1 <= self.top_k <= self.num_experts:
+        reachable = self.top_groups * (self.num_experts // self.num_groups)
+        if not 1 <= self.top_k <= reachable:
             raise ConfigError(
-                f"model.text.moe.top_k is {self.top_k}; "
-                f"it must lie between 1 and num_experts ({self.num_experts})"
+                f"model.text.moe.top_k is {self.top_k}; it must lie between 1 and the {reachable} experts in "
+                f"top_groups ({self.top_groups}) of num_groups ({self.num_groups})"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cantata.core.types import RouterStats
+from cantata.core.types import RouterStats, TokenGroups
 from cantata.models.aria.config import AriaTextConfig
 from cantata.nn.attention import PackedAttention
 from cantata.nn.matmul import Linear
@@ -46,10 +46,10 @@ class DecoderBlock(nn.Module):
         self.mlp = build_moe_layer(config)
 
     def forward(
-        self, x_TD: Tensor, tables: RotaryTables, modality_ids_T: Tensor, attend: PackedAttention
+        self, x_TD: Tensor, tables: RotaryTables, groups: TokenGroups, attend: PackedAttention
     ) -> tuple[Tensor, RouterStats]:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), tables, attend)
-        y_TD, stats = self.mlp(self.post_attention_layernorm(x_TD), modality_ids_T)
+        y_TD, stats = self.mlp(self.post_attention_layernorm(x_TD), groups)
         return x_TD + y_TD, stats
 
 
@@ -59,9 +59,10 @@ def build_moe_layer(config: AriaTextConfig) -> MoELayer:
         size,
         moe.num_experts,
         moe.top_k,
-        aux_loss_coef=moe.router_aux_loss_coef,
-        z_loss_coef=moe.router_z_loss_coef,
-        use_expert_bias=moe.expert_bias_update_rate > 0,
+        num_groups=moe.num_groups,
+        top_groups=moe.top_groups,
+        use_expert_bias=moe.balance.bias_update_rate > 0,
+        sequence_stats=moe.balance.sequence_aux_loss_coef > 0,
     )
     experts = Experts(moe.num_experts, size, moe.expert_intermediate_size)
     shared = SwiGLU(size, moe.num_shared_experts * moe.expert_intermediate_size)

@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from cantata.core.errors import ConfigError
+from cantata.core.samples import Processor
 from cantata.models.aria.config import AriaMoEConfig, AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
+from cantata.models.aria.hub_processor import write_processor
+from cantata.models.aria.processor import AriaProcessor
 from cantata.models.hub import CONFIG, read_json
+from cantata.nn.moe.balance import BalanceConfig
 
 _NAMES = (
     (r"vision\.layers\.", "vision_tower.encoder.layers."),
@@ -87,7 +91,17 @@ class AriaLayout(NamedTuple):
         return torch.Size((shape[0], self.vision.num_channels, side, side))
 
     def hub_config(self) -> dict[str, object]:
-        """`config.json` of `AriaForConditionalGeneration`."""
+        """`config.json` of `AriaForConditionalGeneration`.
+
+        Raises `ConfigError` for node-limited routing, which that class does not have.
+        """
+        moe = self.text.moe
+        if moe.top_groups < moe.num_groups:
+            raise ConfigError(
+                f"model.text.moe.top_groups={moe.top_groups} of {moe.num_groups} groups limits the routing, "
+                "and a published Aria has no place for that: it would route differently; set top_groups to "
+                "num_groups and train on before publishing"
+            )
         return {
             "architectures": ["AriaForConditionalGeneration"],
             "model_type": "aria",
@@ -99,6 +113,12 @@ class AriaLayout(NamedTuple):
             "vision_config": _vision_to_hub(self.vision),
             "vision_feature_layer": -1,
         }
+
+    def write_processor(self, processor: Processor, directory: Path) -> list[str]:
+        """See `hub_processor.write_processor`; another family's processor is told of and left out."""
+        if not isinstance(processor, AriaProcessor):
+            return [f"no tokenizer files: {type(processor).__name__} has none for Aria"]
+        return write_processor(processor, self.projector, directory)
 
 
 def _vision_to_hub(vision: AriaVisionConfig) -> dict[str, object]:
@@ -196,8 +216,15 @@ def _text_from_hub(text: dict[str, Any], theta: float, tied: bool) -> AriaTextCo
             top_k=text["moe_topk"],
             num_shared_experts=text["moe_num_shared_experts"],
             expert_intermediate_size=text["intermediate_size"],
-            router_aux_loss_coef=0.0,
-            router_z_loss_coef=0.0,
-            expert_bias_update_rate=0.0,
+            num_groups=1,
+            top_groups=1,
+            balance=BalanceConfig(
+                aux_loss_coef=0.0,
+                aux_loss_groups=text["moe_num_experts"],
+                modality_aux_loss_coef={},
+                sequence_aux_loss_coef=0.0,
+                z_loss_coef=0.0,
+                bias_update_rate=0.0,
+            ),
         ),
     )

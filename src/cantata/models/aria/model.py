@@ -20,6 +20,7 @@ from cantata.models.aria.vision import VisionTower
 from cantata.models.protocol import Unit
 from cantata.nn.attention import PackedAttention
 from cantata.nn.head import LanguageHead
+from cantata.nn.moe.balance import BalanceConfig
 from cantata.nn.moe.layer import MoELayer
 from cantata.nn.rope import rotary_tables
 
@@ -69,7 +70,7 @@ class Aria(nn.Module):
         x_TD, router = self._decode(x_TD, batch)
         tied_weight_VD = self.text.embed_tokens.weight if self.text_config.tie_word_embeddings else None
         loss_sum, loss_N, logits_TV = self.head(
-            x_TD, batch.labels_T, batch.target_index_N, tied_weight_VD, with_logits
+            x_TD, batch.labels_T, batch.target_index_N, batch.target_weight_N, tied_weight_VD, with_logits
         )
         return ModelOutput(loss_sum, loss_N, router, logits_TV)
 
@@ -82,9 +83,10 @@ class Aria(nn.Module):
         text = self.text_config
         tables = rotary_tables(batch.position_ids_T, text.head_dim, text.rope_theta, x_TD.dtype)
         attend = PackedAttention(batch.samples, causal=True)
+        groups = batch.token_groups()
         layers = []
         for layer in self.text.layers:
-            x_TD, stats = layer(x_TD, tables, batch.modality_ids_T, attend)
+            x_TD, stats = layer(x_TD, tables, groups, attend)
             layers.append(stats)
         return x_TD, RouterStats(*(torch.stack(values) for values in zip(*layers, strict=True)))
 
@@ -134,8 +136,8 @@ class Aria(nn.Module):
         return 6.0 * weights + 6.0 * text.num_hidden_layers * heads * mean_sample_length
 
     @property
-    def expert_bias_update_rate(self) -> float:
-        return self.text_config.moe.expert_bias_update_rate
+    def balance(self) -> BalanceConfig:
+        return self.text_config.moe.balance
 
     def check_processor(self, processor: Processor) -> None:
         """Raise `ConfigError` where `collator.processor` makes what this model cannot read."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,9 @@ from tokenizers import Tokenizer
 
 from cantata.core.errors import ConfigError
 from cantata.core.locate import asset
-from cantata.core.samples import Chat, DataError, Document, Example, ImagePatches, Part, Sample
+from cantata.core.samples import Chat, DataError, Document, Example, ImagePatches, Part, Sample, Video
 from cantata.core.suggest import hint
-from cantata.core.types import IMAGE, TEXT
+from cantata.core.types import IMAGE, TEXT, VIDEO
 from cantata.models.aria import crops
 from cantata.models.aria.vision import patch_position_ids
 
@@ -25,13 +26,26 @@ ASSISTANT = "assistant"
 ROLES = ("system", "user", ASSISTANT, "tool")
 
 
+class TokenNames(NamedTuple):
+    """The special tokens, as the tokenizer spells them."""
+
+    image: str
+    image_prefix: str
+    image_suffix: str
+    message_start: str
+    message_end: str
+    document_end: str
+    pad: str
+
+
 class AriaProcessor:
     """Encodes examples for Aria.
 
-    An image becomes `image_prefix`, `features_per_image` placeholders for each of its crops, `image_suffix`.
+    An image becomes `image_prefix`, `features_per_image` placeholders for each of its crops, `image_suffix`;
+    a video the same for each of its frames, which are never cut.
     A document ends with `document_end`, which is learned like its text. A conversation is ChatML; of it the
-    model learns what the assistant says, up to and including `message_end`. Text is only ever text: a
-    document that spells out a special token does not get that token.
+    model learns what the assistant says, up to and including `message_end`, unless a message weighs itself.
+    Text is only ever text: a document that spells out a special token does not get that token.
 
     Args:
         tokenizer: a `tokenizer.json`, or a folder that holds one; `embedded:` names one of the package.
@@ -84,6 +98,9 @@ class AriaProcessor:
         self.features_per_image = features_per_image
         self.split_image = split_image
         self.tokenizer = load_tokenizer(tokenizer)
+        self.token_names = TokenNames(
+            image_token, image_prefix, image_suffix, message_start, message_end, document_end, pad_token
+        )
         self.image_token_id = self._id(image_token)
         self.pad_token_id = self._id(pad_token)
         self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
@@ -102,8 +119,8 @@ class AriaProcessor:
         """A training sample. Raises `DataError` for an unknown role or an image without pixels."""
         draft = _Draft()
         if isinstance(example, Document):
-            self._add_parts(draft, example.parts, trained=True)
-            draft.add([self._document_end], trained=True)
+            self._add_parts(draft, example.parts, weight=1.0)
+            draft.add([self._document_end], weight=1.0)
         else:
             self._add_chat(draft, example)
         return draft.sample(key)
@@ -112,10 +129,10 @@ class AriaProcessor:
         """What a generation continues: a document without its end, a chat with the assistant's header."""
         draft = _Draft()
         if isinstance(example, Document):
-            self._add_parts(draft, example.parts, trained=False)
+            self._add_parts(draft, example.parts, weight=0.0)
         else:
             self._add_chat(draft, example)
-            draft.add([self._message_start, *self._text(f"{ASSISTANT}\n")], trained=False)
+            draft.add([self._message_start, *self._text(f"{ASSISTANT}\n")], weight=0.0)
         return draft.sample(key)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -132,30 +149,37 @@ class AriaProcessor:
         for message in chat.messages:
             if message.role not in ROLES:
                 raise DataError("unknown role", f"{message.role!r} is none of {', '.join(ROLES)}")
-            trained = message.role == ASSISTANT
-            draft.add([self._message_start, *self._text(f"{message.role}\n")], trained=False)
-            self._add_parts(draft, message.parts, trained=trained)
-            draft.add([self._message_end], trained=trained)
-            draft.add(newline, trained=False)
+            weight = message.weight
+            if weight is None:
+                weight = 1.0 if message.role == ASSISTANT else 0.0
+            draft.add([self._message_start, *self._text(f"{message.role}\n")], weight=0.0)
+            self._add_parts(draft, message.parts, weight=weight)
+            draft.add([self._message_end], weight=weight)
+            draft.add(newline, weight=0.0)
 
-    def _add_parts(self, draft: _Draft, parts: Iterable[Part], trained: bool) -> None:
+    def _add_parts(self, draft: _Draft, parts: Iterable[Part], weight: float) -> None:
         for part in parts:
             if isinstance(part, str):
-                draft.add(self._text(part), trained=trained)
-                continue
-            images = self._images(part)
-            draft.add([self._image_prefix], trained=False)
-            placeholders = [self.image_token_id] * sum(image.num_features for image in images)
-            draft.add(placeholders, trained=False, modality=IMAGE)
-            draft.add([self._image_suffix], trained=False)
-            draft.images.extend(images)
+                draft.add(self._text(part), weight=weight)
+            elif isinstance(part, Video):
+                for frame in part.frames:
+                    self._add_image(draft, [self._patches(frame)], VIDEO)
+            else:
+                self._add_image(draft, self._images(part), IMAGE)
+
+    def _add_image(self, draft: _Draft, images: list[ImagePatches], modality: int) -> None:
+        draft.add([self._image_prefix], weight=0.0)
+        placeholders = [self.image_token_id] * sum(image.num_features for image in images)
+        draft.add(placeholders, weight=0.0, modality=modality)
+        draft.add([self._image_suffix], weight=0.0)
+        draft.images.extend(images)
 
     def _images(self, image: Image.Image) -> list[ImagePatches]:
-        image = image if image.mode == "RGB" else image.convert("RGB")
         whole_and_crops = crops.split(image, self.image_size) if self.split_image else [image]
         return [self._patches(crop) for crop in whole_and_crops]
 
     def _patches(self, crop: Image.Image) -> ImagePatches:
+        crop = crop if crop.mode == "RGB" else crop.convert("RGB")
         patches_PC, rows, columns = crops.patches(crop, self.image_size, self.min_image_size, self.patch_size)
         return ImagePatches(
             patches_PC, _positions(rows, columns, self.position_grid), self.features_per_image
@@ -178,20 +202,20 @@ class _Draft:
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self.trained: list[bool] = []
+        self.weights: list[float] = []
         self.modalities: list[int] = []
         self.images: list[ImagePatches] = []
 
-    def add(self, ids: list[int], *, trained: bool, modality: int = TEXT) -> None:
+    def add(self, ids: list[int], *, weight: float, modality: int = TEXT) -> None:
         self.ids += ids
-        self.trained += [trained] * len(ids)
+        self.weights += [weight] * len(ids)
         self.modalities += [modality] * len(ids)
 
     def sample(self, key: str) -> Sample:
         return Sample(
             key,
             np.array(self.ids, dtype=np.int32),
-            np.array(self.trained, dtype=np.bool_),
+            np.array(self.weights, dtype=np.float32),
             np.array(self.modalities, dtype=np.int8),
             tuple(self.images),
         )

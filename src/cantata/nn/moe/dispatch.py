@@ -1,6 +1,7 @@
 """Moves tokens to their experts and back.
 
 R  rows: one for each (token, chosen expert), sorted by expert
+N  tokens where the experts are: all T of them, or rows that came from other processes
 """
 
 from __future__ import annotations
@@ -13,48 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cantata.nn.moe.router import count
-
-
-class Dispatched(NamedTuple):
-    """What the experts get."""
-
-    x_RD: Tensor
-    """One row for each (token, expert) here, sorted by expert."""
-    tokens_per_expert_E: Tensor
-    """Rows of each expert held here, int64."""
-    state: Any
-    """What `combine` needs to undo the move; only the dispatcher that made it looks inside."""
-
-
-class Dispatcher(Protocol):
-    """Brings tokens to experts wherever they live, and their results back, differentiably."""
-
-    def dispatch(self, x_TD: Tensor, expert_index_TK: Tensor) -> Dispatched:
-        """Copy each token once for each expert it chose, sorted by expert."""
-        ...
-
-    def combine(self, y_RD: Tensor, weights_TK: Tensor, state: Any) -> Tensor:
-        """Sum each token's K results with its weights: (T, D)."""
-        ...
-
-
-class LocalDispatcher:
-    """All experts are here: a permutation, and nothing travels.
-
-    Every token appears in exactly K rows, so both directions are gathers: no scatter, no atomic sum.
-    """
-
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-
-    def dispatch(self, x_TD: Tensor, expert_index_TK: Tensor) -> Dispatched:
-        order = Order.of(expert_index_TK)
-        x_RD: Tensor = _Expand.apply(x_TD, *order)  # type: ignore[no-untyped-call]
-        return Dispatched(x_RD, count(expert_index_TK, self.num_experts), order)
-
-    def combine(self, y_RD: Tensor, weights_TK: Tensor, state: Order) -> Tensor:
-        y_TD: Tensor = _Reduce.apply(y_RD, weights_TK, *state)  # type: ignore[no-untyped-call]
-        return y_TD
 
 
 class Order(NamedTuple):
@@ -75,8 +34,83 @@ class Order(NamedTuple):
         return Order(choice_R // expert_index_TK.shape[1], row_TK, choice_R)
 
 
+class Dispatched(NamedTuple):
+    """What the experts get. Rows are named, not made: making them is the experts' own business."""
+
+    x_ND: Tensor
+    weights_NK: Tensor | None
+    """What each row's result counts; None where it is not weighted yet."""
+    tokens_per_expert_E: Tensor
+    """Rows of each expert held here, int64."""
+    order: Order
+    """Of the N K rows, by the experts held here."""
+    state: Any
+    """What `combine` needs to undo the move; only the dispatcher that made it looks inside."""
+
+
+class Dispatcher(Protocol):
+    """Brings tokens to experts wherever they live, and their results back, differentiably.
+
+    What runs between `send` and `receive` overlaps with the journey, in forward and in backward.
+    """
+
+    def send(self, x_TD: Tensor, weights_TK: Tensor, expert_index_TK: Tensor) -> Any:
+        """Start tokens on their way to the experts that they chose."""
+        ...
+
+    def receive(self, sent: Any) -> Dispatched:
+        """Wait for what `send` started."""
+        ...
+
+    def combine(self, y_ND: Tensor, state: Any) -> Tensor:
+        """The weighted sum of each token's K results: (T, D)."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts are here: nothing travels, and what the experts sum is the result."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def send(self, x_TD: Tensor, weights_TK: Tensor, expert_index_TK: Tensor) -> Dispatched:
+        """See `Dispatcher`."""
+        counts_E = count(expert_index_TK, self.num_experts)
+        return Dispatched(x_TD, weights_TK, counts_E, Order.of(expert_index_TK), None)
+
+    def receive(self, sent: Dispatched) -> Dispatched:
+        """See `Dispatcher`."""
+        return sent
+
+    def combine(self, y_ND: Tensor, state: None) -> Tensor:
+        """See `Dispatcher`."""
+        return y_ND
+
+
+def expand(x_TD: Tensor, order: Order) -> Tensor:
+    """One row for each (token, choice), sorted by expert: (R, D)."""
+    x_RD: Tensor = _Expand.apply(x_TD, *order)  # type: ignore[no-untyped-call]
+    return x_RD
+
+
+def reduce(y_RD: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
+    """Each token's weighted sum over its rows: (T, D)."""
+    y_TD: Tensor = _Reduce.apply(y_RD, weights_TK, *order)  # type: ignore[no-untyped-call]
+    return y_TD
+
+
+def by_row(weights_NK: Tensor | None, choice_R: Tensor) -> Tensor | None:
+    """The weight of each row: (R, 1)."""
+    return None if weights_NK is None else weights_NK.flatten()[choice_R][:, None]
+
+
 def sum_rows(x_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
-    """The (weighted) sum of each token's K rows, in one pass: (T, D)."""
+    """The (weighted) sum of each token's K rows, in one pass: (T, D).
+
+    Every token appears in exactly K rows, so this is a gather: no scatter, no atomic sum.
+    """
+    if row_TK.shape[1] == 1 and weights_TK is None:
+        return x_RD.index_select(0, row_TK[:, 0])
     if weights_TK is not None:
         weights_TK = weights_TK.to(x_RD.dtype)
     return F.embedding_bag(row_TK, x_RD, mode="sum", per_sample_weights=weights_TK)

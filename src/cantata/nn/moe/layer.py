@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cantata.core.types import RouterStats
+from cantata.core.types import RouterStats, TokenGroups
 from cantata.nn.mlp import SwiGLU
 from cantata.nn.moe.dispatch import Dispatcher, LocalDispatcher
 from cantata.nn.moe.experts import Experts
@@ -24,9 +24,9 @@ class MoELayer(nn.Module):
         self.shared_experts = shared_experts
         self.dispatcher: Dispatcher = LocalDispatcher(router.num_experts)
 
-    def forward(self, x_TD: Tensor, modality_ids_T: Tensor) -> tuple[Tensor, RouterStats]:
-        weights_TK, expert_index_TK, stats = self.router(x_TD, modality_ids_T)
-        x_RD, tokens_per_expert_E, state = self.dispatcher.dispatch(x_TD, expert_index_TK)
-        y_RD = self.experts(x_RD, tokens_per_expert_E)
-        y_TD = self.dispatcher.combine(y_RD, weights_TK, state)
-        return y_TD + self.shared_experts(x_TD), stats
+    def forward(self, x_TD: Tensor, groups: TokenGroups) -> tuple[Tensor, RouterStats]:
+        weights_TK, expert_index_TK, stats = self.router(x_TD, groups)
+        sent = self.dispatcher.send(x_TD, weights_TK, expert_index_TK)
+        shared_TD = self.shared_experts(x_TD)
+        arrived = self.dispatcher.receive(sent)
+        return self.dispatcher.combine(self.experts(arrived), arrived.state) + shared_TD, stats

@@ -1,4 +1,7 @@
-"""The router: which experts a token visits, with what weight, and what that says of the balance."""
+"""The router: which experts a token visits, with what weight, and what that says of the balance.
+
+S  samples of the micro-batch    G  groups of experts
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cantata.core.types import MODALITIES, RouterStats
+from cantata.core.types import MODALITIES, RouterStats, TokenGroups
 from cantata.nn.matmul import linear
 
 
@@ -26,6 +29,10 @@ class TopKRouter(nn.Module):
 
     With `use_expert_bias`, a persistent fp32 buffer is added to the logits when experts are picked and
     nowhere else (loss-free balancing, Wang et al., 2024); `balance.update_expert_bias` moves it.
+
+    With `top_groups` below `num_groups`, a token picks among the experts of its best groups only, a group
+    being as good as its best expert (device-limited routing, DeepSeek-AI 2024, arXiv:2405.04434, 2.1.4).
+    Groups are runs of consecutive experts, as the ranks of a mesh hold them.
     """
 
     expert_bias_E: Tensor | None
@@ -36,54 +43,82 @@ class TopKRouter(nn.Module):
         num_experts: int,
         top_k: int,
         *,
-        aux_loss_coef: float,
-        z_loss_coef: float,
+        num_groups: int,
+        top_groups: int,
         use_expert_bias: bool,
+        sequence_stats: bool,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.top_k = top_k
-        self.aux_loss_coef = aux_loss_coef
-        self.z_loss_coef = z_loss_coef
+        self.num_groups = num_groups
+        self.top_groups = top_groups
+        self.sequence_stats = sequence_stats
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         bias_E = torch.zeros(num_experts, dtype=torch.float32) if use_expert_bias else None
         self.register_buffer("expert_bias_E", bias_E)
 
-    def forward(self, x_TD: Tensor, modality_ids_T: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor, groups: TokenGroups) -> Routing:
         logits_TE = linear(x_TD, self.weight).float()
-        if self.expert_bias_E is None:
-            top_TK, expert_index_TK = torch.topk(logits_TE, self.top_k, dim=-1)
-        else:
-            expert_index_TK = torch.topk(logits_TE + self.expert_bias_E, self.top_k, dim=-1).indices
-            top_TK = logits_TE.gather(-1, expert_index_TK)
-        stats = router_stats(logits_TE, expert_index_TK, modality_ids_T, self.aux_loss_coef, self.z_loss_coef)
+        expert_index_TK, top_TK = self._choose(logits_TE)
+        # A frozen router cannot follow its balance terms; they must not bend what comes before it either.
+        seen_TE = logits_TE if self.weight.requires_grad else logits_TE.detach()
+        stats = router_stats(seen_TE, expert_index_TK, groups, self.sequence_stats)
         return Routing(top_TK.softmax(dim=-1), expert_index_TK, stats)
+
+    def _choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen experts and their logits."""
+        if self.expert_bias_E is None and self.top_groups == self.num_groups:
+            top_TK, expert_index_TK = torch.topk(logits_TE, self.top_k, dim=-1)
+            return expert_index_TK, top_TK
+        scores_TE = logits_TE.detach()
+        if self.expert_bias_E is not None:
+            scores_TE = scores_TE + self.expert_bias_E
+        if self.top_groups < self.num_groups:
+            scores_TE = limit_groups(scores_TE, self.num_groups, self.top_groups)
+        expert_index_TK = torch.topk(scores_TE, self.top_k, dim=-1).indices
+        return expert_index_TK, logits_TE.gather(-1, expert_index_TK)
+
+
+def limit_groups(scores_TE: Tensor, num_groups: int, top_groups: int) -> Tensor:
+    """The scores with -inf for experts outside each token's `top_groups` best groups."""
+    scores_TGe = scores_TE.view(len(scores_TE), num_groups, -1)
+    best_TG = torch.topk(scores_TGe.amax(dim=-1), top_groups, dim=-1).indices
+    closed_TG = torch.ones_like(scores_TGe[..., 0], dtype=torch.bool).scatter(-1, best_TG, False)
+    return scores_TGe.masked_fill(closed_TG[..., None], float("-inf")).view_as(scores_TE)
 
 
 def router_stats(
-    logits_TE: Tensor,
-    expert_index_TK: Tensor,
-    modality_ids_T: Tensor,
-    aux_loss_coef: float,
-    z_loss_coef: float,
+    logits_TE: Tensor, expert_index_TK: Tensor, groups: TokenGroups, sequence_stats: bool
 ) -> RouterStats:
-    """Balance of one layer over the tokens that are not padding.
-
-    The auxiliary loss is `E / (k T^2) * sum_i(P_i n_i)` (Fedus et al., 2021), where `P_i` is the summed
-    probability of expert i and `n_i` the number of tokens that chose it; the z loss is the mean of
-    `logsumexp(logits)^2` (Zoph et al., 2022).
-    """
-    num_experts, top_k = logits_TE.shape[1], expert_index_TK.shape[1]
-    counts_ME = count_by_modality(expert_index_TK, modality_ids_T, num_experts)
-    valid_T = (modality_ids_T >= 0).to(logits_TE.dtype)
-    tokens = valid_T.sum().clamp_min(1)
+    """The sums of one layer from which `balance.balance_loss` makes its terms."""
+    num_experts = logits_TE.shape[1]
+    modalities = torch.arange(len(MODALITIES), device=logits_TE.device)
+    member_MT = (groups.modality_T == modalities[:, None]).to(logits_TE.dtype)
     lse_T = logits_TE.logsumexp(dim=-1)
-    # Matrix by matrix: a vector would be squeezed in place, which selective recomputation forbids.
-    mass_E = (valid_T[None] @ (logits_TE - lse_T[:, None]).exp())[0]
-    counts_E = counts_ME.sum(0).to(logits_TE.dtype)
-    aux = num_experts / top_k * (mass_E @ counts_E) / tokens.square()
-    z = (valid_T @ lse_T.square()) / tokens
-    return RouterStats(aux_loss_coef * aux + z_loss_coef * z, aux.detach(), z.detach(), counts_ME)
+    probabilities_TE = (logits_TE - lse_T[:, None]).exp()
+    # Matrices all the way: a vector would be squeezed in place, which selective recomputation forbids.
+    z_sum = (member_MT @ lse_T.square()[:, None]).sum()
+    sequence_sum = z_sum.new_zeros(())
+    if sequence_stats:
+        sequence_sum = _sequence_sum(probabilities_TE, expert_index_TK, groups)
+    counts_ME = count_by_modality(expert_index_TK, groups.modality_T, num_experts)
+    return RouterStats(member_MT @ probabilities_TE, z_sum, sequence_sum, counts_ME)
+
+
+def _sequence_sum(probabilities_TE: Tensor, expert_index_TK: Tensor, groups: TokenGroups) -> Tensor:
+    """`sum_s T_s * (E / (k T_s^2) * sum_i P_si n_si)`: DeepSeek-V3's sequence-wise loss, by its tokens.
+
+    DeepSeek-AI 2024, arXiv:2412.19437, 2.1.2, where every sequence has the same length.
+    """
+    num_experts, top_k = probabilities_TE.shape[1], expert_index_TK.shape[1]
+    rows = groups.num_samples + 1
+    mass_SE = probabilities_TE.new_zeros(rows, num_experts).index_add(0, groups.sample_T, probabilities_TE)
+    bins_TK = groups.sample_T[:, None] * num_experts + expert_index_TK
+    counts_SE = count(bins_TK, rows * num_experts).view(rows, num_experts).to(mass_SE.dtype)
+    tokens_S1 = (counts_SE.sum(1, keepdim=True) / top_k).clamp_min(1)
+    aux_SE = num_experts / top_k * mass_SE * counts_SE / tokens_S1
+    return aux_SE[: groups.num_samples].sum()
 
 
 def count_by_modality(expert_index_TK: Tensor, modality_ids_T: Tensor, num_experts: int) -> Tensor:

@@ -1,0 +1,76 @@
+"""Aria's tokenizer and processor as transformers reads them, to lie beside published weights."""
+
+from __future__ import annotations
+
+import json
+from math import isqrt
+from pathlib import Path
+
+from cantata.core.locate import asset
+from cantata.models.aria.config import AriaProjectorConfig
+from cantata.models.aria.processor import AriaProcessor
+
+PUBLISHED_SIZES = (490, 980)
+"""The image sizes that transformers' image processor takes, in pixels."""
+
+_TEMPLATE = "embedded:chat_template.jinja"
+_TEMPLATE_TOKENS = ("<fim_prefix>", "<|img|>", "<fim_suffix>", "<|im_start|>", "<|im_end|>")
+
+
+def write_processor(processor: AriaProcessor, projector: AriaProjectorConfig, directory: Path) -> list[str]:
+    """Write what `AutoTokenizer` and, at published image sizes, `AriaProcessor` load from `directory`.
+
+    A generation there ends with a document or a turn. Images are not split: transformers cuts crops at
+    other places than Aria's authors do, and leaves out the whole image before them.
+
+    Returns lines on what could not be written.
+    """
+    processor.tokenizer.save(str(directory / "tokenizer.json"))
+    names = processor.token_names
+    _write(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": names.document_end,
+            "pad_token": names.pad,
+            "extra_special_tokens": {"image_token": names.image},
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+    _write(
+        directory / "generation_config.json",
+        {"eos_token_id": list(processor.stop_token_ids), "pad_token_id": processor.pad_token_id},
+    )
+    own = (names.image_prefix, names.image, names.image_suffix, names.message_start, names.message_end)
+    template = asset(_TEMPLATE).read_text(encoding="utf-8")
+    for shipped, name in zip(_TEMPLATE_TOKENS, own, strict=True):
+        template = template.replace(shipped, name)
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if processor.image_size not in PUBLISHED_SIZES:
+        sizes = " or ".join(map(str, PUBLISHED_SIZES))
+        found = f"transformers takes images of {sizes} pixels, this run's have {processor.image_size}"
+        return [f"no processor_config.json: {found}"]
+    _write_image_processor(processor, projector, directory)
+    return []
+
+
+def _write_image_processor(processor: AriaProcessor, projector: AriaProjectorConfig, directory: Path) -> None:
+    features = {
+        str(isqrt(patches) * processor.patch_size): queries
+        for patches, queries in projector.patch_to_query.items()
+    }
+    images = {
+        "image_processor_type": "AriaImageProcessor",
+        "max_image_size": processor.image_size,
+        "min_image_size": processor.min_image_size,
+        "split_image": False,
+    }
+    _write(directory / "preprocessor_config.json", {**images, "processor_class": "AriaProcessor"})
+    _write(
+        directory / "processor_config.json",
+        {"processor_class": "AriaProcessor", "image_processor": images, "size_conversion": features},
+    )
+
+
+def _write(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
