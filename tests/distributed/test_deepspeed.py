@@ -30,7 +30,7 @@ from cantata.train.engine import Engine, Loss, Objective
 from cantata.train.objectives import NextToken
 from tests.distributed import test_fsdp2
 from tests.distributed.spawn import run_ranks
-from tests.distributed.standin import build_on_meta
+from tests.distributed.standin import BALANCE, build_on_meta
 from tests.distributed.test_fsdp2 import MAX_NORM, MICRO_BATCHES, OPTIMIZER, RULES, SEED, TOTALS, share
 
 pytestmark = [
@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 BOUND = 1e-6
-NEXT_TOKEN = NextToken()
+NEXT_TOKEN = NextToken(BALANCE)
 WORLD = MeshConfig(dp_replicate=1, dp_shard=-1, ep=1)
 STAGES = (0, 1, 2, 3)
 
@@ -147,7 +147,7 @@ class Overflow:
     """The real objective with a gradient that is not a number on the last rank's first micro-batch."""
 
     def __call__(self, model: nn.Module, batch: Batch, totals: StepTotals) -> Loss:
-        loss = NextToken()(model, batch, totals)
+        loss = NextToken(BALANCE)(model, batch, totals)
         bad = dist.get_rank() == dist.get_world_size() - 1 and batch is share()[0]
         return Loss(loss.value * float("nan") if bad else loss.value, loss.sums)
 

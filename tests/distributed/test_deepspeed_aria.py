@@ -5,6 +5,7 @@ The bound is absolute, on weights of order 0.1: the order of sums over ranks and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -18,14 +19,17 @@ from cantata.core.types import IMAGE, TEXT, Batch, Images, Segments, StepTotals
 from cantata.models.aria import Aria
 from cantata.models.aria.config import AriaMoEConfig, AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
 from cantata.models.aria.vision import patch_position_ids
+from cantata.nn.moe.balance import balance_loss
 from cantata.parallel.materialize import RandomInit, materialize
 from cantata.parallel.mesh import MeshConfig, build_mesh
 from cantata.parallel.recompute import Recompute
 from cantata.train.deepspeed import DeepSpeedEngine
 from cantata.train.objectives import NextToken
 from cantata.train.optim import ParameterRule, optimizer_defaults, parameter_groups
+from tests.distributed.join import totals_of
 from tests.distributed.spawn import run_ranks
 from tests.distributed.test_deepspeed import small_parameters_partitioned
+from tests.nn.moe.small import balance
 
 pytestmark = [
     pytest.mark.distributed,
@@ -33,6 +37,7 @@ pytestmark = [
 ]
 
 BOUND = 1e-6
+BALANCE = balance(4, aux=1e-2, z=1e-3, bias=1e-3)
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-2, eps=1e-5, weight_decay=0.1, fused=True)
 FROZEN = ParameterRule(learning_rate=None, weight_decay=None, frozen=True)
 # Nothing before the first decoder block has a gradient, and nothing before the second vision block.
@@ -55,15 +60,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_aria(tied: bool) -> Aria:
+def build_aria(tied: bool = False) -> Aria:
     moe = AriaMoEConfig(
         num_experts=4,
         top_k=2,
         num_shared_experts=1,
         expert_intermediate_size=8,
-        router_aux_loss_coef=1e-2,
-        router_z_loss_coef=1e-3,
-        expert_bias_update_rate=1e-3,
+        num_groups=1,
+        top_groups=1,
+        balance=BALANCE,
     )
     vision = AriaVisionConfig(16, 32, 2, 2, 32, 8, 3, 1e-6, 0.2)
     text = AriaTextConfig(32, 16, 2, 4, 2, 4, 1e4, 1e-6, 128, tied, 0.2, 0, 1, 2, moe)
@@ -101,7 +106,7 @@ def make_batch(seed: int, with_image: bool, tokens: int = 20) -> Batch:
 
 # Rank 0 takes the even ones: it has images in one micro-batch, rank 1 in none.
 MICRO_BATCHES = [make_batch(seed, with_image=seed == 0) for seed in range(4)]
-TOTALS = StepTotals(sum(b.num_tokens for b in MICRO_BATCHES), sum(b.num_targets for b in MICRO_BATCHES))
+TOTALS = totals_of(MICRO_BATCHES)
 
 
 def trained(options: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +127,7 @@ def trained(options: dict[str, Any]) -> dict[str, Any]:
     batches, norms = MICRO_BATCHES[dist.get_rank() :: 2], []
     for _ in range(2):
         for index, batch in enumerate(batches, start=1):
-            engine.forward_backward(batch, NextToken(), TOTALS, last=index == 2)
+            engine.forward_backward(batch, NextToken(BALANCE), TOTALS, last=index == 2)
         norms.append(engine.gradient_norm(0.1))
         engine.step(1.0)
         with torch.no_grad():
@@ -136,6 +141,18 @@ def variants() -> dict[str, Any]:
     return {name: trained(options) for name, options in VARIANTS.items()}
 
 
+def joint_loss(model: Aria, batches: Sequence[Batch], totals: StepTotals) -> Tensor:
+    """What the ranks' shares of a micro-batch add up to: it is balanced over all of them."""
+    value = torch.zeros(())
+    outputs = [model(batch) for batch in batches]
+    routers = [output.router for output in outputs if output.router is not None]
+    counts_LME = torch.stack([stats.tokens_per_expert_ME for stats in routers]).sum(0)
+    for output, stats in zip(outputs, routers, strict=True):
+        value = value + output.loss_sum / totals.target_tokens
+        value = value + balance_loss(stats, counts_LME, BALANCE).loss_sum / totals.tokens
+    return value
+
+
 def reference(options: dict[str, Any]) -> dict[str, Any]:
     model = build_aria(options.get("tied", False))
     materialize(model, RandomInit(model, 3), torch.device("cpu"))
@@ -144,8 +161,8 @@ def reference(options: dict[str, Any]) -> dict[str, Any]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     norms = []
     for _ in range(2):
-        for batch in MICRO_BATCHES:
-            NextToken()(model, batch, TOTALS).value.backward()
+        for pair in (MICRO_BATCHES[:2], MICRO_BATCHES[2:]):
+            joint_loss(model, pair, TOTALS).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, 0.1).item())
         optimizer.step()
         optimizer.zero_grad()

@@ -12,8 +12,8 @@ from cantata.train.deepspeed import validate
 from cantata.train.options import Offload
 
 
-def mesh(dp_replicate: int) -> Any:
-    return {"dp_replicate": SimpleNamespace(size=lambda: dp_replicate)}
+def mesh(dp_replicate: int = 1, ep: int = 1) -> Any:
+    return SimpleNamespace(dense={"dp_replicate": SimpleNamespace(size=lambda: dp_replicate)}, ep=ep)
 
 
 @pytest.mark.parametrize(
@@ -29,11 +29,16 @@ def mesh(dp_replicate: int) -> Any:
             r"engine\.offload=optimizer needs .*zero_stage=1, 2",
         ),
         ({"mesh": mesh(2)}, r"mesh\.dp_replicate=2 is not offered by deepspeed"),
+        (
+            {"mesh": mesh(ep=2), "zero_stage": 3},
+            r"mesh\.ep=2 is not offered with engine\.zero_stage=3, .* ranks hold different experts",
+        ),
         ({"compile": True, "zero_stage": 3}, r"train\.compile=true is not offered with engine\.zero_stage=3"),
     ],
 )
 def test_what_it_cannot_do_names_the_option(options: dict[str, Any], message: str) -> None:
-    fine: dict[str, Any] = {"mesh": mesh(1), "offload": Offload.none, "zero_stage": 2, "compile": False}
+    fine: dict[str, Any] = {"mesh": mesh(), "offload": Offload.none, "zero_stage": 2, "compile": False}
     validate(**fine)
+    validate(**(fine | {"mesh": mesh(ep=2)}))
     with pytest.raises(ConfigError, match=message):
         validate(**(fine | options))

@@ -1,31 +1,29 @@
-"""Fragments: the part of a parameter that a rank's optimizer owns. The stages run in tests/distributed."""
+"""Which gradients each stage's optimizer will use. The stages run in tests/distributed."""
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 
-from cantata.train.deepspeed_zero import Fragment
+from cantata.train.deepspeed_zero import PartitionedStates, PartitionedStatesBF16
 
 
-@pytest.mark.parametrize("shape", [(7,), (5, 3), (4, 3, 2), (1,), (9, 1)])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_a_fragment_reads_its_own_rows_only(shape: tuple[int, ...], world_size: int) -> None:
-    whole = torch.arange(torch.Size(shape).numel()).view(shape)
-    size = -(-whole.numel() // world_size)
-    for start in range(0, whole.numel(), size):
-        fragment = Fragment(torch.empty(0), 0, start, min(size, whole.numel() - start))
-        rows, within = fragment.rows(shape)
-        part = whole[rows]
-        assert torch.equal(part.reshape(-1)[within], fragment.within(whole))
-        width = whole[0].numel()
-        assert part.numel() < fragment.numel + 2 * width, "rows that the fragment does not touch"
+def stage(kind: type, **optimizer: Any) -> Any:
+    made = kind.__new__(kind)
+    made.optimizer = SimpleNamespace(**optimizer)
+    return made
 
 
-def test_a_fragment_is_a_view_into_the_flat_tensor_and_its_states() -> None:
-    flat, whole = torch.zeros(10), torch.arange(12.0).view(3, 4)
-    fragment = Fragment(flat, start=2, parameter_start=5, numel=4)
-    fragment.of(flat).copy_(fragment.within(whole))
-    assert flat.tolist() == [0, 0, 5, 6, 7, 8, 0, 0, 0, 0]
-    fragment.within(whole).zero_()
-    assert whole.flatten().tolist() == [0, 1, 2, 3, 4, 0, 0, 0, 0, 9, 10, 11]
+def test_gradients_are_this_ranks_partition_wherever_it_lies() -> None:
+    first, second = torch.tensor([1.0]), torch.tensor([2.0, 3.0])
+    flat = torch.zeros(2)
+    flat.grad = second
+    averaged = {0: [first], 1: [second]}
+    here = stage(PartitionedStates, cpu_offload=False, averaged_gradients=averaged)
+    assert here.gradients() == [first, second]
+    offloaded = stage(PartitionedStates, cpu_offload=True, single_partition_of_fp32_groups=[flat])
+    assert offloaded.gradients() == [second]
+    bf16 = stage(PartitionedStatesBF16, fp32_groups_gradient_flat_partition=[first])
+    assert bf16.gradients() == [first]

@@ -17,22 +17,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from cantata.core.errors import ConfigError
 from cantata.core.types import Batch, StepTotals
 from cantata.models.protocol import Unit
 from cantata.parallel.materialize import InitialValues, Source
+from cantata.parallel.mesh import RankMesh
 from cantata.parallel.plan import Divisible, apply_plan
 from cantata.parallel.recompute import Recompute
+from cantata.train.deepspeed_experts import SpreadExperts, start
 from cantata.train.deepspeed_setup import allocate, gather_whole_blocks, import_deepspeed, quiet, settings
+from cantata.train.deepspeed_stage import Stage
 from cantata.train.deepspeed_state import WholeState
 from cantata.train.deepspeed_zero import (
     PartitionedStates,
     PartitionedStatesBF16,
     PartitionedWeights,
     Replicated,
-    Stage,
 )
 from cantata.train.engine import Objective
 from cantata.train.optim import (
@@ -56,7 +57,8 @@ class DeepSpeedEngine:
 
     Args:
         model: on the meta device, following `models.protocol.LanguageModel`.
-        mesh: (dp_replicate, dp_shard), from `parallel.mesh.build_mesh`.
+        mesh: from `parallel.mesh.build_mesh`. With `mesh.ep` above 1 (stages 0 to 2) what a stage shares of
+            experts it shares among the ranks that hold the same ones.
         source: where initial values come from: `RandomInit` or a published checkpoint.
         optimizer: an optimizer of the Adam family, missing only its parameter groups.
         parameters: rates, decay and freezing by name pattern.
@@ -76,7 +78,7 @@ class DeepSpeedEngine:
         self,
         *,
         model: nn.Module,
-        mesh: DeviceMesh,
+        mesh: RankMesh,
         source: Source,
         optimizer: OptimizerPartial,
         parameters: Mapping[str, ParameterRule],
@@ -95,26 +97,27 @@ class DeepSpeedEngine:
         units = model.units()
         library = import_deepspeed(device)
         groups = parameter_groups(model, parameters, *optimizer_defaults(optimizer))
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        shapes = {name: parameter.shape for parameter, name in names.items()}
         self.model = model
         self.summary = describe_groups(groups, model)
         self.settings = f"deepspeed, ZeRO {zero_stage}, {precision.value}, offload {offload.value}"
 
         values = InitialValues(model, source)
         config = settings(zero_stage, precision, offload, device)
-        apply_plan(model, device_type=mesh.device_type, recompute=recompute, compile=compile, sharding=None)
+        apply_plan(model, recompute=recompute, compile=compile, mesh=mesh, sharding=None)
+        experts = SpreadExperts.of(model, mesh)
         if zero_stage == 3:
             gather_whole_blocks(library, units)
-        made = _build(library, model, units if zero_stage == 3 else [], config, _DTYPES[precision], device)
+        _build(library, model, units if zero_stage == 3 else [], config, _DTYPES[precision], device)
+        named = dict(model.named_parameters())
         masters = _masters(model) if zero_stage == 0 else {}
         for group in groups:
-            parts = [made[parameter] for parameter in group["params"]]
+            parts = [named[names[parameter]] for parameter in group["params"]]
             group["params"] = [masters.get(parameter, parameter) for parameter in parts]
-        self._optimizer = optimizer(groups)
-        named = dict(model.named_parameters())
         with quiet():
-            self._engine, *_ = library.initialize(model=model, optimizer=self._optimizer, config=config)
-        self._stage = _stage(self._engine, zero_stage, named, masters)
+            self._engine, self._optimizer = start(library, model, optimizer, groups, config, experts)
+        self._stage = _stage(self._engine, zero_stage, named, experts, masters)
         self._state = WholeState(self._stage, self._optimizer, model, shapes, device)
         self._state.fill(values)
         # Stage 3 can only average over ranks; the loss makes up for it, exactly where this is a power of two.
@@ -132,9 +135,9 @@ class DeepSpeedEngine:
         return loss.sums
 
     def gradient_norm(self, max_norm: float | None) -> float:
-        """Global L2 norm of the summed gradients; inf where a gradient is not finite.
+        """Global L2 norm of the summed gradients; not finite where a gradient is not.
 
-        Clipping to `max_norm` happens at once in stage 0, and inside `step` in the others.
+        Clipping to `max_norm` happens at once in stages 0 to 2, and inside `step` in stage 3.
         """
         norm = self._stage.norm()
         self._stage.clip(norm, max_norm)
@@ -159,7 +162,7 @@ class DeepSpeedEngine:
         self._state.load_state_dict(state)
 
 
-def validate(mesh: DeviceMesh, offload: Offload, zero_stage: int, compile: bool) -> None:
+def validate(mesh: RankMesh, offload: Offload, zero_stage: int, compile: bool) -> None:
     """Raise `ConfigError`, naming the option, for what the DeepSpeed engine cannot do."""
     if zero_stage not in range(4):
         raise ConfigError(f"engine.zero_stage={zero_stage} must be 0, 1, 2 or 3")
@@ -172,10 +175,16 @@ def validate(mesh: DeviceMesh, offload: Offload, zero_stage: int, compile: bool)
         raise ConfigError(
             "engine.offload=optimizer needs engine.zero_stage=1, 2 or 3: stage 0 shards no optimizer state"
         )
-    if mesh["dp_replicate"].size() != 1:
+    replicas = mesh.dense["dp_replicate"].size()
+    if replicas != 1:
         raise ConfigError(
-            f"mesh.dp_replicate={mesh['dp_replicate'].size()} is not offered by deepspeed, which shards over "
+            f"mesh.dp_replicate={replicas} is not offered by deepspeed, which shards over "
             "every rank; set mesh.dp_replicate=1 or engine=fsdp2"
+        )
+    if mesh.ep != 1 and zero_stage == 3:
+        raise ConfigError(
+            f"mesh.ep={mesh.ep} is not offered with engine.zero_stage=3, which shards every weight over all "
+            "ranks, whereas ranks hold different experts; set engine.zero_stage=2, mesh.ep=1 or engine=fsdp2"
         )
     if compile and zero_stage == 3:
         raise ConfigError(
@@ -191,18 +200,14 @@ def _build(
     config: dict[str, Any],
     dtype: torch.dtype,
     device: torch.device,
-) -> dict[nn.Parameter, nn.Parameter]:
-    """Give the model storage, at stage 3 one unit at a time, each partitioned before the next is made.
-
-    Returns the parameter that took the place of each one on the meta device.
-    """
+) -> None:
+    """Give the model storage, at stage 3 one unit at a time, each partitioned before the next is made."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in [*(unit.module for unit in partitioned), model]:
         allocate(module, dtype, device, made)
         if partitioned:
             with quiet():
                 library.zero.Init(module=module, config_dict_or_path=config)
-    return made
 
 
 def _masters(model: nn.Module) -> dict[nn.Parameter, Tensor]:
@@ -220,12 +225,13 @@ def _stage(
     engine: Any,
     zero_stage: int,
     parameters: Mapping[str, nn.Parameter],
+    experts: SpreadExperts,
     masters: Mapping[nn.Parameter, Tensor],
 ) -> Stage:
     if zero_stage == 0:
-        return Replicated(engine, parameters, masters)
+        return Replicated(engine, parameters, experts, masters)
     if zero_stage == 3:
-        return PartitionedWeights(engine, parameters)
+        return PartitionedWeights(engine, parameters, experts)
     if hasattr(engine.optimizer, "fp32_groups_flat_partition"):
-        return PartitionedStatesBF16(engine, parameters)
-    return PartitionedStates(engine, parameters)
+        return PartitionedStatesBF16(engine, parameters, experts)
+    return PartitionedStates(engine, parameters, experts)

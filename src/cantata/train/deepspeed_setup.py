@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cantata.core.errors import ConfigError
 from cantata.models.protocol import Unit
-from cantata.train.deepspeed_zero import BUCKET
+from cantata.train.deepspeed_stage import BUCKET
 from cantata.train.options import Offload, Precision
 
 
@@ -90,7 +91,8 @@ def allocate(
 ) -> None:
     """Give every parameter and buffer on the meta device storage, its values still undefined.
 
-    Floating parameters take `dtype`; buffers keep theirs. `made` maps old parameters to new ones over
+    Floating parameters take `dtype`; buffers keep theirs. A parameter spread over ranks becomes a plain
+    tensor of the part that is here, as DeepSpeed wants it. `made` maps old parameters to new ones over
     several calls, so that one shared by two modules stays shared.
     """
     for part in module.modules():
@@ -98,7 +100,8 @@ def allocate(
             if not parameter.is_meta:
                 continue
             if parameter not in made:
-                storage = torch.empty(parameter.shape, dtype=dtype, device=device)
+                here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                storage = torch.empty(here.shape, dtype=dtype, device=device)
                 made[parameter] = nn.Parameter(storage, requires_grad=parameter.requires_grad)
             setattr(part, name, made[parameter])
         for name, buffer in part.named_buffers(recurse=False):

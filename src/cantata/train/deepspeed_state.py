@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cantata.core.dist import all_reduce_sum, gather_strings
 from cantata.core.errors import ConfigError, RunError
 from cantata.parallel.materialize import Source, persistent_tensors
-from cantata.train.deepspeed_zero import Fragment, Stage
+from cantata.train.deepspeed_stage import Fragment, Stage
 
 _STEP = "step"
 
@@ -55,14 +55,15 @@ class WholeState:
     def fill(self, source: Source) -> None:
         """Write every parameter in fp32 into its master, and round the masters into the model's weights.
 
-        A rank reads only the rows that its fragment touches. `source` holds the buffers too.
+        A rank reads only the rows that its fragment touches, of experts only its own. `source` holds the
+        buffers too.
         """
         for flat in self.stage.flats():
             flat.zero_()
         for name, shape in self.shapes.items():
             fragment = self.stage.fragments.get(name)
-            if name in self.stage.frozen:
-                self.stage.write_frozen(name, source.read(name, _all(shape)))
+            if self._is_partitioned_frozen(name):
+                self.stage.write_partitioned(name, source.read(name, _all(shape)))
             elif fragment is not None:
                 rows, within = fragment.rows(shape)
                 part = source.read(name, (rows, *_all(shape[1:])) if shape else ())
@@ -129,25 +130,29 @@ class WholeState:
 
     def _read(self, name: str, moment: str | None, owner: int) -> Tensor | None:
         """The whole tensor on its owner, None elsewhere."""
-        if name in self.stage.frozen:
-            whole = self.stage.read_frozen(name)
-        else:
-            whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self.device)
+        is_owner = owner == dist.get_rank()
+        if self._is_partitioned_frozen(name):
+            whole = self.stage.read_partitioned(name)
+        elif is_owner or self.stage.is_split(name):
+            whole = torch.zeros(self.shapes[name].numel(), dtype=self._dtype(name), device=self.device)
             fragment = self.stage.fragments.get(name)
-            if fragment is not None:
+            if fragment is not None and self.stage.is_giver(name, owner):
                 fragment.within(whole).copy_(self._part(fragment, moment))
-            if not self.stage.replicated:
-                # Fragments do not overlap: adding bit patterns to zeros keeps every bit, that of -0.0 too.
-                dist.reduce(whole.view(torch.int32), owner)
-        return whole if owner == dist.get_rank() else None
+            if self.stage.is_split(name):
+                # Fragments do not overlap: adding bits to zeros keeps every bit, that of -0.0 too.
+                bits = torch.int32 if whole.element_size() == 4 else torch.uint8
+                dist.reduce(whole.view(bits), owner)
+        return whole if is_owner else None
 
     def _write(self, name: str, moment: str | None, value: Tensor) -> None:
-        if name in self.stage.frozen:
-            self.stage.write_frozen(name, value)
-            return
         fragment = self.stage.fragments.get(name)
-        if fragment is not None:
+        if self._is_partitioned_frozen(name):
+            self.stage.write_partitioned(name, value)
+        elif fragment is not None:
             self._part(fragment, moment).copy_(fragment.within(value))
+
+    def _is_partitioned_frozen(self, name: str) -> bool:
+        return name in self.stage.frozen and name not in self.stage.copied
 
     def _broadcast(self, key: str, state: Mapping[str, Tensor], into: Tensor) -> Tensor:
         if self._owns(key):
