@@ -34,6 +34,7 @@ TINY = (
     "model.text.head_dim=16",
     "model.text.moe.num_experts=4",
     "model.text.moe.top_k=2",
+    "model.text.moe.balance.aux_loss_groups=4",
     "model.text.moe.num_shared_experts=1",
     "model.text.moe.expert_intermediate_size=16",
     "train.micro_batch_size=1",

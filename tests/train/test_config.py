@@ -14,7 +14,11 @@ POSITIVE = ["max_steps", "micro_batch_size", "gradient_accumulation_steps", "seq
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [*((key, value) for key in POSITIVE for value in (0, -1)), ("eval_every", -1), ("clip_grad_norm", 0.0)],
+    [
+        *((key, value) for key in POSITIVE for value in (0, -1)),
+        *(("eval_every", -1), ("expert_every", -1)),
+        *(("clip_grad_norm", 0.0), ("expert_load_warning", 1.0)),
+    ],
 )
 def test_numbers_that_make_no_sense_are_refused_by_name(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"train\.{key}={value} must be"):
@@ -22,5 +26,6 @@ def test_numbers_that_make_no_sense_are_refused_by_name(key: str, value: float) 
 
 
 def test_never_evaluating_and_not_clipping_are_choices() -> None:
-    config = replace(CONFIG, eval_every=0, clip_grad_norm=None)
+    config = replace(CONFIG, eval_every=0, clip_grad_norm=None, expert_every=0, expert_load_warning=None)
     assert (config.eval_every, config.clip_grad_norm) == (0, None)
+    assert (config.expert_every, config.expert_load_warning) == (0, None)

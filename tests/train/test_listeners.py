@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from cantata.core.errors import ConfigError
+from cantata.train.expert_counts import ExpertInterval
 from cantata.train.listeners import ExpertBias, Saving, Telemetry
 from cantata.train.loop import Progress
 from cantata.train.window import Window
 from tests.models.aria.small import small_aria, small_layout
+from tests.nn.moe.small import balance
 from tests.train.test_window import CPU, result
 
 
@@ -64,20 +67,22 @@ def test_what_another_listener_adds_forces_a_line() -> None:
 
 
 def test_biases_move_against_the_load() -> None:
-    model = small_aria(small_layout(moe={"expert_bias_update_rate": 0.01}))
+    model = small_aria(small_layout(moe={"balance": balance(4, bias=0.01)}))
     layers = model.moe_layers()
     counts_LME = torch.zeros(2, 3, 4, dtype=torch.float64)
     counts_LME[0, 0], counts_LME[0, 1] = torch.tensor([9.0, 1, 5, 1]), torch.tensor([0.0, 0, 1, 3])
     counts_LME[1, 2] = torch.tensor([1.0, 2, 3, 4])
     finished = replace(result(1), sums={"tokens_per_expert_LME": counts_LME})
-    ExpertBias(layers, 0.01).after_step(finished)
+    ExpertBias(layers, model.balance).after_step(finished)
     # Layer 0 counted over modalities: 9, 1, 6, 4 with a mean of 5.
     torch.testing.assert_close(layers[0].router.expert_bias_E, torch.tensor([-0.01, 0.01, -0.01, 0.01]))
     torch.testing.assert_close(layers[1].router.expert_bias_E, torch.tensor([0.01, 0.01, -0.01, -0.01]))
 
 
 def test_routers_without_a_bias_are_left_alone() -> None:
-    ExpertBias(small_aria(small_layout()).moe_layers(), 0.0).after_step(replace(result(1), sums={}))
+    model = small_aria(small_layout())
+    for balance_of in (model.balance, None):
+        ExpertBias(model.moe_layers(), balance_of).after_step(replace(result(1), sums={}))
 
 
 class Loader:
@@ -125,10 +130,15 @@ class Checkpointer:
 
 
 def saving(
-    checkpointer: Checkpointer, loader: Loader | None = None, window: Window | None = None, max_steps: int = 5
+    checkpointer: Checkpointer,
+    loader: Loader | None = None,
+    window: Window | None = None,
+    interval: ExpertInterval | None = None,
+    max_steps: int = 5,
 ) -> tuple[Saving, Console]:
     console = Console()
-    parts: tuple[Any, ...] = (checkpointer, None, loader or Loader(), window or Window(CPU), console)
+    kept = {"window": window or Window(CPU), "experts": interval or ExpertInterval()}
+    parts: tuple[Any, ...] = (checkpointer, None, loader or Loader(), kept, console)
     return Saving(*parts, max_steps), console
 
 
@@ -162,15 +172,26 @@ def test_a_resumed_run_stands_where_the_saved_one_stood() -> None:
     checkpointer, loader, window = Checkpointer(), Loader(), Window(CPU)
     loader.state = {"rows": 12, "order": {"seed": 7}, "streams": {"0": {"position": 3}}}
     window.add(result(4))
+    interval = ExpertInterval()
+    interval.add(4, result(4).sums["tokens_per_expert_LME"])
     progress = Progress(step=4, tokens=4000, target_tokens=2000)
-    saving(checkpointer, loader, window)[0].save(progress)
+    saving(checkpointer, loader, window, interval)[0].save(progress)
 
     # Other ranks' streams join this rank's on disk.
     checkpointer.documents[4]["loader"] = {"0": {"position": 3}, "1": {"position": 9}}
-    new_loader, new_window = Loader(), Window(CPU)
-    assert saving(checkpointer, new_loader, new_window)[0].resume() == progress
+    new_loader, new_window, new_interval = Loader(), Window(CPU), ExpertInterval()
+    assert saving(checkpointer, new_loader, new_window, new_interval)[0].resume() == progress
     assert new_loader.state == loader.state | {"streams": {"0": {"position": 3}, "1": {"position": 9}}}
     assert new_window.state_dict() == window.state_dict()
+    assert new_interval.state_dict() == interval.state_dict() != {}
+
+
+def test_a_checkpoint_without_what_is_kept_is_refused() -> None:
+    checkpointer = Checkpointer()
+    saving(checkpointer)[0].save(Progress(step=3))
+    del checkpointer.documents[3]["extra"]["experts"]
+    with pytest.raises(ConfigError, match="step-3 was saved by another version: it lacks experts"):
+        saving(checkpointer)[0].resume()
 
 
 def test_without_a_checkpoint_it_starts_anew() -> None:

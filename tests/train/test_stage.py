@@ -18,6 +18,7 @@ from cantata.train.stage import LanguageStage, build_data, build_model, initial_
 
 TINY = (
     *("data.num_workers=0", "model.text.vocab_size=6144", "model.text.moe.num_experts=4"),
+    "model.text.moe.balance.aux_loss_groups=4",
     *("model.text.num_hidden_layers=2", "model.vision.num_hidden_layers=1", "model.text.hidden_size=32"),
 )
 

@@ -26,6 +26,11 @@ class TrainConfig:
     """Steps between two lines of `metrics.jsonl`."""
     eval_every: int
     """Steps between two evaluations on the held-out samples, made at the start and the end too; 0: never."""
+    expert_every: int
+    """Steps between two entries of `experts/counts.npy`, each with pictures by modality; 0: never."""
+    expert_load_warning: float | None
+    """Warn when a rank receives this many times its even share of rows, where `mesh.ep` ranks share the
+    experts and rows are memory; null: never."""
     recompute: Recompute
     """Activations that backward computes again: `none`, `selective` (keeps matrix products) or `full`."""
     compile: bool
@@ -41,8 +46,14 @@ class TrainConfig:
         ):
             if getattr(self, key) < 1:
                 raise ConfigError(f"train.{key}={getattr(self, key)} must be at least 1")
-        if self.eval_every < 0:
-            raise ConfigError(f"train.eval_every={self.eval_every} must be 0 (never) or a number of steps")
+        for key in ("eval_every", "expert_every"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"train.{key}={getattr(self, key)} must be 0 (never) or a number of steps")
+        if self.expert_load_warning is not None and self.expert_load_warning <= 1:
+            raise ConfigError(
+                f"train.expert_load_warning={self.expert_load_warning} must be above 1 (the even share), "
+                "or null for no warning"
+            )
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
             raise ConfigError(
                 f"train.clip_grad_norm={self.clip_grad_norm} must be above 0, or null for no clipping"

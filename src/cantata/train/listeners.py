@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any, Protocol
 
+from cantata.core.errors import ConfigError
 from cantata.data.loader import Loader
-from cantata.nn.moe.balance import update_expert_bias
+from cantata.nn.moe.balance import BalanceConfig, update_expert_bias
 from cantata.nn.moe.layer import MoELayer
 from cantata.train.checkpoint import Checkpointer
 from cantata.train.engine import Engine
@@ -19,9 +21,9 @@ from cantata.train.window import Window
 class ExpertBias:
     """Moves the routers' balance biases once a step; a rate of 0 leaves them alone."""
 
-    def __init__(self, layers: Sequence[MoELayer], rate: float) -> None:
+    def __init__(self, layers: Sequence[MoELayer], balance: BalanceConfig | None) -> None:
         self._layers = layers
-        self._rate = rate
+        self._rate = 0.0 if balance is None else balance.bias_update_rate
 
     def after_step(self, result: StepResult) -> None:
         if self._rate > 0:
@@ -60,10 +62,23 @@ class Telemetry:
         self._console.on_log(record)
 
 
+class Kept(Protocol):
+    """What a listener has gathered and not written yet; the same on every rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
 class Saving:
     """Saves every `checkpoint.every` steps and after the last one.
 
-    It is the last listener: a step's metrics line must be written before its checkpoint.
+    It is the last listener: what others write of a step must be written before its checkpoint.
+
+    Args:
+        kept: what travels in a checkpoint besides model, optimizer, loader and progress, by its name there.
     """
 
     def __init__(
@@ -71,27 +86,34 @@ class Saving:
         checkpointer: Checkpointer,
         engine: Engine,
         loader: Loader,
-        window: Window,
+        kept: Mapping[str, Kept],
         console: Console,
         max_steps: int,
     ) -> None:
         self._checkpointer = checkpointer
         self._engine = engine
         self._loader = loader
-        self._window = window
+        self._kept = kept
         self._console = console
         self._max_steps = max_steps
         self._untold: int | None = None
 
     def resume(self) -> Progress:
-        """Continue from the checkpoint that the configuration asks for, or start anew where there is none."""
+        """Continue from the checkpoint that the configuration asks for, or start anew where there is none.
+
+        Raises `ConfigError` where the checkpoint lacks something kept.
+        """
         path = self._checkpointer.resume_from()
         if path is None:
             return Progress()
         document = self._checkpointer.load(path, self._engine)
         extra = document["extra"]
         self._loader.load_state_dict({**extra["loader"], "streams": document["loader"]})
-        self._window.load_state_dict(extra["window"])
+        lacking = sorted(self._kept.keys() - extra.keys())
+        if lacking:
+            raise ConfigError(f"{path} was saved by another version: it lacks {', '.join(lacking)}")
+        for name, part in self._kept.items():
+            part.load_state_dict(extra[name])
         return Progress(**extra["progress"])
 
     def after_step(self, result: StepResult) -> None:
@@ -106,7 +128,8 @@ class Saving:
         self.finish()
         state = self._loader.state_dict()
         streams = state.pop("streams")
-        extra = {"progress": asdict(progress), "loader": state, "window": self._window.state_dict()}
+        extra = {"progress": asdict(progress), "loader": state}
+        extra |= {name: part.state_dict() for name, part in self._kept.items()}
         if self._checkpointer.save(progress.step, self._engine, streams, extra):
             self._untold = progress.step
         self._tell()

@@ -14,6 +14,7 @@ from cantata.core.build import build
 from cantata.core.config import save_config
 from cantata.core.errors import PREEMPTED
 from cantata.core.logging import logging_to
+from cantata.core.types import MODALITIES
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
 from cantata.models.protocol import LanguageModel
@@ -21,7 +22,10 @@ from cantata.train import describe, rng, startup
 from cantata.train.checkpoint import Checkpointer, fingerprint
 from cantata.train.engine import Engine, Objective
 from cantata.train.evaluate import Evaluation, evaluate
-from cantata.train.listeners import ExpertBias, Saving, Telemetry
+from cantata.train.expert_counts import ExpertInterval
+from cantata.train.expert_load import LoadWarning, PeakRows
+from cantata.train.expert_report import ExpertFolder, ExpertReport
+from cantata.train.listeners import ExpertBias, Kept, Saving, Telemetry
 from cantata.train.loggers import Sinks, open_sinks
 from cantata.train.loop import Listener, fit
 from cantata.train.metrics import Record
@@ -60,7 +64,7 @@ def run_session(
     began = time.monotonic()
     stop = StopRequest()
     rng.seed_all(stage.seed, dist.rank())
-    shape, needs = fingerprint(model), describe.needs(stage, model, loader)
+    shape, needs, peaks = fingerprint(model), describe.needs(stage, model, loader), _peaks(stage, model)
     engine = build_engine(stage, model)
     with ExitStack() as closing:
         checkpointer = Checkpointer(stage.out, stage.checkpoint, shape)
@@ -68,9 +72,10 @@ def run_session(
         closing.enter_context(logging_to(stage.out))
         console = Console(dist.rank())
         closing.callback(console.close)
-
         window = Window(Device(dist.device(), dist.world_size(), model.flops_per_token))
-        saving = Saving(checkpointer, engine, loader, window, console, stage.train.max_steps)
+        interval = ExpertInterval()
+        kept: dict[str, Kept] = {"window": window, "experts": interval}
+        saving = Saving(checkpointer, engine, loader, kept, console, stage.train.max_steps)
         start = saving.resume()
         save_config(resolved, stage.out / "config.yaml")
         sinks = open_sinks(stage.logger, stage.out, stage.name, resolved, start.step or None, dist.rank())
@@ -81,13 +86,10 @@ def run_session(
         if dist.is_main():
             startup.write(report)
         console.on_start(report, start.step)
-
-        evaluation = _evaluation(stage, engine, objective, held_out, console, show_model)
-        if start.step == 0:
-            evaluation.before_first_step()
+        evaluation = _evaluation(stage, engine, objective, held_out, console, show_model, start.step)
         telemetry = _telemetry(stage, window, sinks, console)
-        bias = ExpertBias(model.moe_layers(), model.expert_bias_update_rate)
-        listeners: list[Listener] = [bias, evaluation, telemetry, saving]
+        experts = _experts(stage, model, interval, peaks, start.step or None, console, closing)
+        listeners: list[Listener] = [*experts, evaluation, telemetry, saving]
         end = fit(engine, objective, iter(loader), build(stage.schedule), stage.train, listeners, start, stop)
         saving.save(end)
         saving.finish()
@@ -106,7 +108,10 @@ def _evaluation(
     held_out: HeldOut,
     console: Console,
     show_model: ShowModel,
+    start_step: int,
 ) -> Evaluation:
+    """The held-out passes; a run from scratch makes its first one now, before the first step."""
+
     def run() -> Record:
         return evaluate(engine, objective, held_out)
 
@@ -116,7 +121,10 @@ def _evaluation(
             console.on_note(line)
 
     every = stage.train.eval_every if len(held_out) else 0
-    return Evaluation(run, tell, every, stage.train.max_steps)
+    evaluation = Evaluation(run, tell, every, stage.train.max_steps)
+    if start_step == 0:
+        evaluation.before_first_step()
+    return evaluation
 
 
 def _telemetry(stage: LanguageStage, window: Window, sinks: Sinks, console: Console) -> Telemetry:
@@ -128,3 +136,45 @@ def _telemetry(stage: LanguageStage, window: Window, sinks: Sinks, console: Cons
         log_every=stage.train.log_every,
         max_steps=stage.train.max_steps,
     )
+
+
+def _peaks(stage: LanguageStage, model: LanguageModel) -> PeakRows | None:
+    """Only where ranks share experts does imbalance move memory."""
+    watched = stage.mesh.ep > 1 and stage.train.expert_load_warning is not None
+    return PeakRows(model.moe_layers()) if watched else None
+
+
+def _experts(
+    stage: LanguageStage,
+    model: LanguageModel,
+    interval: ExpertInterval,
+    peaks: PeakRows | None,
+    resume_step: int | None,
+    console: Console,
+    closing: ExitStack,
+) -> list[Listener]:
+    """What moves and watches the experts; nothing in a model without them."""
+    layers, train = model.moe_layers(), stage.train
+    if not layers:
+        return []
+    bias = ExpertBias(layers, model.balance)
+    router, folder, path = layers[0].router, None, stage.out / "experts"
+    # A run that no longer asks for entries must still drop those after its checkpoint.
+    if dist.is_main() and (train.expert_every or path.exists()):
+        shape = (len(layers), len(MODALITIES), router.num_experts)
+        folder = ExpertFolder(path, shape, router.top_k, stage.name, resume_step)
+        closing.callback(folder.close)
+    report = ExpertReport(
+        interval, folder, every=train.expert_every, max_steps=train.max_steps, warn=console.on_warning
+    )
+    if peaks is None or train.expert_load_warning is None:
+        return [bias, report]
+    warning = LoadWarning(
+        peaks,
+        even_rows=train.micro_batch_size * train.sequence_length * router.top_k,
+        threshold=train.expert_load_warning,
+        num_experts=router.num_experts,
+        ep=stage.mesh.ep,
+        warn=console.on_warning,
+    )
+    return [bias, report, warning]

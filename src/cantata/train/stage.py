@@ -21,6 +21,7 @@ from cantata.models.protocol import LanguageModel
 from cantata.parallel.materialize import RandomInit, Source
 from cantata.parallel.mesh import MeshConfig, build_mesh
 from cantata.train.checkpoint import CheckpointConfig
+from cantata.train.cluster import ClusterConfig
 from cantata.train.config import TrainConfig
 from cantata.train.engine import Engine
 from cantata.train.loggers import LoggerConfig
@@ -52,6 +53,7 @@ class LanguageStage:
     train: TrainConfig
     checkpoint: CheckpointConfig
     logger: LoggerConfig
+    cluster: ClusterConfig
 
 
 def build_model(stage: LanguageStage) -> nn.Module:
