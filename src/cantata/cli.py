@@ -29,7 +29,9 @@ class Verb(NamedTuple):
 
 VERBS = {
     "pretrain": Verb("Train a model from scratch, or on from weights.", recipe="pretrain.py"),
+    "plan": Verb("Memory, traffic and work of a stage on any number of ranks.", module="cantata.tools.plan"),
     "verify": Verb("Compare a Hugging Face folder's model with transformers.", module="cantata.tools.verify"),
+    "export": Verb("Write a checkpoint as a Hugging Face folder.", module="cantata.tools.export"),
     "demo": Verb(
         "Pretrain a small Aria on emoji in minutes and let it name a few.", module="cantata.tools.demo"
     ),

@@ -8,8 +8,12 @@ from torch.profiler import ProfilerActivity, profile
 from cantata.core.types import Batch, Segments
 from cantata.models.aria.config import AriaMoEConfig, AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
 from cantata.models.aria.model import Aria
+from cantata.nn.moe import experts
+from cantata.nn.moe.balance import balance_loss
 from cantata.parallel.recompute import Recompute, apply_recompute
 from cantata.train.dry_run import peak_activation_bytes, synthetic_batch
+from cantata.train.one_rank import Elements
+from tests.nn.moe.small import balance
 
 CPU = torch.device("cpu")
 
@@ -34,7 +38,7 @@ def build(device: str) -> Aria:
                 1,
                 2,
                 0,
-                AriaMoEConfig(8, 2, 1, 48, 1e-3, 1e-5, 0.0),
+                AriaMoEConfig(8, 2, 1, 48, 1, 1, balance(8, aux=1e-3, z=1e-5)),
             ),
             9,
         )
@@ -44,7 +48,7 @@ def batch() -> Batch:
     return synthetic_batch(Segments((100, 30, 126)), Segments((16, 12)), Segments((4, 4)), 192)
 
 
-def nothing(elements: int) -> int:
+def nothing(elements: Elements) -> int:
     return 0
 
 
@@ -64,7 +68,9 @@ def really_used(dtype: torch.dtype, recompute: Recompute) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         output = model(inputs)
         assert output.router is not None
-        (output.loss_sum + output.router.loss.sum()).backward()
+        stats = output.router
+        balanced = balance_loss(stats, stats.tokens_per_expert_ME, model.balance)
+        (output.loss_sum + balanced.loss_sum).backward()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -75,11 +81,16 @@ def really_used(dtype: torch.dtype, recompute: Recompute) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute", Recompute)
-def test_the_dry_run_finds_the_real_peak(dtype: torch.dtype, recompute: Recompute) -> None:
+def test_the_dry_run_finds_the_real_peak(
+    dtype: torch.dtype, recompute: Recompute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on devices: the loop over experts that the CPU prefers needs their counts.
+    monkeypatch.setattr(experts, "can_group", lambda *tensors: True)
     used = really_used(dtype, recompute)
-    # Kernels allocate a little inside themselves, which shows in a model this small.
+    # Kernels allocate inside themselves, which shows in a model this small: up to a copy of one fc1 (98 KB),
+    # which the CPU's grouped product lays out anew where backward wants it transposed.
     assert peak_activation_bytes(build("meta"), batch(), dtype, recompute, CPU, nothing) == pytest.approx(
-        used, rel=0.05
+        used, rel=0.09
     )
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cantata.parallel.mesh import MeshSizes
 from cantata.parallel.recompute import Recompute
 from cantata.train.memory import (
     Resting,
@@ -13,13 +14,14 @@ from cantata.train.memory import (
     peak_memory_gib,
     zero_layout,
 )
+from cantata.train.one_rank import Elements
 from cantata.train.options import Offload, Precision, StateDtype
 from tests.train.test_dry_run import CPU, batch, build
 
 
 def test_gradients_fill_up_while_activations_go() -> None:
     model = build("meta")
-    layout = fsdp2_layout(Precision.fp32, StateDtype.fp32, Offload.none, shards=1)
+    layout = fsdp2_layout(Precision.fp32, StateDtype.fp32, Offload.none, shards=1, ep=1)
     once = estimate_memory(model, layout, batch(), Recompute.none, CPU, accumulation_steps=1)
     again = estimate_memory(model, layout, batch(), Recompute.none, CPU, accumulation_steps=2)
     assert again.total - once.gradients <= once.total < again.total
@@ -31,7 +33,7 @@ def test_frozen_parameters_need_no_gradient_and_no_state() -> None:
     elements = sum(parameter.numel() for parameter in model.parameters())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "head.weight")
-    layout = fsdp2_layout(Precision.fp32, StateDtype.fp32, Offload.none, shards=1)
+    layout = fsdp2_layout(Precision.fp32, StateDtype.fp32, Offload.none, shards=1, ep=1)
     estimate = estimate_memory(model, layout, batch(), Recompute.none, CPU, accumulation_steps=2)
     assert estimate.parameters == 4 * elements
     assert estimate.gradients == 4 * 320 * 64
@@ -40,10 +42,19 @@ def test_frozen_parameters_need_no_gradient_and_no_state() -> None:
 
 
 def test_fsdp2_shares_everything() -> None:
-    layout = fsdp2_layout(Precision.bf16, StateDtype.bf16, Offload.none, shards=4)
-    assert [kind.of(1001) for kind in (layout.weights, layout.gradients, layout.states)] == [502, 502, 1004]
-    offloaded = fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.parameters, shards=1)
-    assert [kind.of(10) for kind in (offloaded.weights, offloaded.gradients, offloaded.states)] == [0, 0, 0]
+    layout = fsdp2_layout(Precision.bf16, StateDtype.bf16, Offload.none, shards=4, ep=1)
+    elements = Elements(dense=1001, experts=0)
+    assert [kind.of(elements) for kind in (layout.weights, layout.gradients, layout.states)] == [
+        502,
+        502,
+        1004,
+    ]
+    offloaded = fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.parameters, shards=1, ep=1)
+    assert [kind.of(elements) for kind in (offloaded.weights, offloaded.gradients, offloaded.states)] == [
+        0,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -51,28 +62,63 @@ def test_fsdp2_shares_everything() -> None:
     [(0, 2000, 4000, 12000), (1, 2000, 4000, 3000), (2, 2000, 1000, 3000), (3, 500, 1000, 3000)],
 )
 def test_zero_shares_more_with_each_stage(stage: int, weights: int, gradients: int, states: int) -> None:
-    layout = zero_layout(stage, Precision.bf16, Offload.none, world_size=4)
-    assert layout.weights.of(1000) == weights
-    assert layout.gradients.of(1000) == gradients
-    assert layout.states.of(1000) == states
+    layout = zero_layout(stage, Precision.bf16, Offload.none, world_size=4, ep=1)
+    elements = Elements(dense=600, experts=400)
+    assert layout.weights.of(elements) == weights
+    assert layout.gradients.of(elements) == gradients
+    assert layout.states.of(elements) == states
     assert layout.gathers == (stage == 3)
 
 
+def test_the_same_experts_are_shared_by_fewer_ranks() -> None:
+    # 8 ranks, ep 4: two of them hold the same experts.
+    elements = Elements(dense=800, experts=200)
+    fsdp2 = fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.none, shards=8, ep=4)
+    assert fsdp2.weights.of(elements) == 4 * (100 + 100)
+    zero = zero_layout(2, Precision.bf16, Offload.none, world_size=8, ep=4)
+    assert zero.weights.of(elements) == 2 * (800 + 200)
+    assert zero.gradients.of(elements) == 4 * (100 + 100)
+    assert zero.states.of(elements) == 12 * (100 + 100)
+
+
 def test_the_layout_of_a_config() -> None:
+    mesh = MeshSizes(dp_replicate=2, dp_shard=4, ep=2)
     fsdp2 = {"precision": "bf16", "state_dtype": "fp32", "offload": "none"}
-    assert layout_of(fsdp2, 2, 4) == fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.none, 2)
+    assert layout_of(fsdp2, mesh) == fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.none, 4, 2)
     deepspeed = {"precision": "fp32", "offload": "optimizer", "zero_stage": 1}
-    assert layout_of(deepspeed, 2, 4) == zero_layout(1, Precision.fp32, Offload.optimizer, 4)
+    assert layout_of(deepspeed, mesh) == zero_layout(1, Precision.fp32, Offload.optimizer, 8, 2)
+
+
+def test_with_more_ranks_for_the_experts_a_rank_holds_and_gathers_fewer() -> None:
+    model = build("meta")
+    expert = 3 * 64 * 48
+    one, four = (
+        estimate_memory(
+            model,
+            fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.none, shards=4, ep=ep),
+            batch(),
+            Recompute.none,
+            torch.device("meta"),
+            accumulation_steps=2,
+        )
+        for ep in (1, 4)
+    )
+    assert (one.parameters, one.gradients, one.optimizer) == (four.parameters, four.gradients, four.optimizer)
+    # The largest unit is the head or a block; without 6 of its 8 experts it is smaller.
+    assert one.gathered - four.gathered <= 6 * expert * (2 + 2 + 2 + 4)
+    assert four.gathered < one.gathered
+    # Rows that came and rows that are sorted: both are there.
+    assert four.activations > one.activations
 
 
 def test_the_largest_unit_is_gathered_with_the_one_behind_it() -> None:
-    layout = fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.none, shards=2)
+    layout = fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.none, shards=2, ep=1)
     assert gathered_bytes(layout, [10, 100, 20]) == 100 * (2 + 2 + 2 + 4)
-    assert gathered_bytes(zero_layout(1, Precision.bf16, Offload.none, 2), [10, 100, 20]) == 100 * (2 + 4)
+    assert gathered_bytes(zero_layout(1, Precision.bf16, Offload.none, 2, 1), [10, 100, 20]) == 100 * (2 + 4)
 
 
 def test_shards_round_up() -> None:
-    assert Resting(4, 3).of(10) == 16
+    assert Resting(4, 3, 2).of(Elements(dense=10, experts=3)) == 4 * (4 + 2)
 
 
 def test_peak_memory_of_this_process_grows_with_use() -> None:

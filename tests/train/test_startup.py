@@ -7,6 +7,7 @@ import pytest
 from cantata.train import startup
 from cantata.train.memory import MemoryEstimate
 from cantata.train.startup import GroupRow, SourceRow
+from cantata.train.traffic import Traffic
 from tests.train.samples import report
 
 
@@ -46,6 +47,14 @@ def test_lines_keep_their_width_and_names_are_never_read_as_markup(name: str) ->
     assert not any(line.endswith(" ") for line in text.splitlines())
 
 
+def test_spread_experts_say_what_travels() -> None:
+    traffic = Traffic(rows=8192, bytes_each=5 << 20, buffer_bytes=20 << 20, per_step=160)
+    text = startup.as_text(report(Path("out"), mesh={"dp_shard": 4, "ep": 2}, world_size=4, traffic=traffic))
+    assert "4 ranks on cpu (dp_shard 4, ep 2)" in text
+    said = " ".join(text.split())
+    assert "5 MiB leave a rank in one all-to-all if routing is balanced, 160 times a step: 800 MiB" in said
+
+
 def test_what_is_not_known_is_left_out() -> None:
     text = startup.as_text(
         report(
@@ -63,6 +72,7 @@ def test_what_is_not_known_is_left_out() -> None:
     assert "1 rank on cpu; torch" in text
     assert "2,048 tokens (4 rows x 512 tokens); 3,000 steps" in text
     assert "experts" not in text
+    assert "exchange" not in text
     assert "memory" not in text
     assert "FLOP" not in text
 

@@ -30,13 +30,13 @@ from cantata.core.errors import CantataError, ConfigError, RunError
 from cantata.parallel.materialize import persistent_tensors
 from cantata.train import rng
 from cantata.train.checkpoint_files import CheckpointFiles, is_complete, read_state
+from cantata.train.checkpoint_tensors import differences, reason
 from cantata.train.engine import Engine
 from cantata.train.restricted_pickle import RestrictedReader, tensor_shapes
 from cantata.train.run_lock import RunLock
 
 # A rank waits for the slowest disk among all ranks, and nothing trains less for it.
 _TIMEOUT = timedelta(hours=2)
-_SHOWN = 4
 T = TypeVar("T")
 
 
@@ -195,7 +195,7 @@ class Checkpointer:
         try:
             load_tensors(tensors | states, storage_reader=reader, process_group=self._group)
         except CheckpointException as error:
-            raise RunError(f"{path} cannot be read: {_reason(error)}") from error
+            raise RunError(f"{path} cannot be read: {reason(error)}") from error
         engine.load_state_dict(tensors)
         if states:
             rng.restore({name.removeprefix(prefix): state for name, state in states.items()})
@@ -231,7 +231,7 @@ class Checkpointer:
         try:
             save_tensors(tensors, storage_writer=FileSystemWriter(folder), process_group=self._group)
         except CheckpointException as error:
-            failure = _reason(error)
+            failure = reason(error)
         except RuntimeError as error:
             raise RunError(f"checkpoint of step {step}: a rank was lost during the save ({error})") from error
 
@@ -245,18 +245,11 @@ class Checkpointer:
 
     def _check_model(self, path: Path, document: Mapping[str, Any], wanted: Mapping[str, torch.Size]) -> None:
         stored = {name: shape for name, shape in tensor_shapes(path).items() if not name.startswith("rng.")}
-        problems = [f"it lacks {name}" for name in sorted(wanted.keys() - stored.keys())]
-        problems += [f"it also holds {name}" for name in sorted(stored.keys() - wanted.keys())]
-        problems += [
-            f"{name} is {tuple(stored[name])} there and {tuple(shape)} here"
-            for name, shape in sorted(wanted.items())
-            if name in stored and stored[name] != shape
-        ]
+        problems = differences(stored, wanted)
         if not problems and document["fingerprint"] != self._fingerprint:
-            problems = ["its fingerprint differs"]
+            problems = "its fingerprint differs"
         if problems:
-            more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-            raise ConfigError(f"{path} is of another model: {'; '.join(problems[:_SHOWN])}{more}")
+            raise ConfigError(f"{path} is of another model: {problems}")
 
     def _merge(self, loader_state: Mapping[str, Any]) -> dict[str, Any]:
         parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
@@ -291,10 +284,3 @@ def _copy_to_host(tensors: dict[str, Any]) -> dict[str, Any]:
     copies = DefaultStager(options).stage(tensors)
     assert isinstance(copies, dict)
     return copies
-
-
-def _reason(error: CheckpointException) -> str:
-    """The first rank's cause in one line."""
-    rank, (cause, _) = next(iter(error.failures.items()))
-    text = str(cause).strip().splitlines()
-    return f"{text[0] if text else type(cause).__name__} (rank {rank})"

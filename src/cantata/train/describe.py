@@ -15,7 +15,8 @@ from cantata.data.drops import sum_drops
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
 from cantata.models.protocol import LanguageModel
-from cantata.parallel.mesh import validate
+from cantata.parallel.expert import check_ranks
+from cantata.parallel.mesh import MeshSizes, validate
 from cantata.train.engine import Engine
 from cantata.train.evaluate import Evaluation
 from cantata.train.flops import device_name
@@ -25,6 +26,7 @@ from cantata.train.optim import optimizer_defaults, parameter_groups
 from cantata.train.progress import Summary
 from cantata.train.stage import LanguageStage
 from cantata.train.startup import Experts, GroupRow, SourceRow, StartupReport
+from cantata.train.traffic import Traffic, traffic
 
 
 class Needs(NamedTuple):
@@ -33,12 +35,17 @@ class Needs(NamedTuple):
     experts: Experts | None
     memory: MemoryEstimate | None
     """Known on rank 0 alone."""
+    traffic: Traffic | None
 
 
 def needs(stage: LanguageStage, model: nn.Module, loader: Loader) -> Needs:
     """Asked for before an engine takes the model apart."""
     assert isinstance(model, LanguageModel)
-    return Needs(experts(model), memory(stage, model, loader))
+    mesh = validate(stage.mesh, dist.world_size())
+    # Rank 0 alone estimates, and would find it alone.
+    for layer in model.moe_layers():
+        check_ranks(layer.router.num_experts, mesh.ep)
+    return Needs(experts(model), memory(stage, model, loader, mesh), exchanged(stage, model, mesh))
 
 
 def experts(model: LanguageModel) -> Experts | None:
@@ -52,19 +59,33 @@ def experts(model: LanguageModel) -> Experts | None:
     return Experts(len(layers), num_experts, top_k, total, total - routed + routed * top_k // num_experts)
 
 
-def memory(stage: LanguageStage, model: nn.Module, loader: Loader) -> MemoryEstimate | None:
+def exchanged(stage: LanguageStage, model: LanguageModel, mesh: MeshSizes) -> Traffic | None:
+    """What a rank sends to the experts of others; None where it holds all of them."""
+    train = stage.train
+    return traffic(
+        model,
+        mesh.ep,
+        train.micro_batch_size * train.sequence_length,
+        layout_of(stage.engine, mesh).compute_dtype,
+        train.recompute,
+        train.gradient_accumulation_steps,
+    )
+
+
+def memory(
+    stage: LanguageStage, model: LanguageModel, loader: Loader, mesh: MeshSizes
+) -> MemoryEstimate | None:
     """What a rank will need; called before an engine takes the model, and answered by rank 0 alone.
 
     It is found on a batch like those to come, run through the model without data.
     """
-    assert isinstance(model, LanguageModel)
+    assert isinstance(model, nn.Module)
     parameter_groups(model, stage.parameters, *optimizer_defaults(build(stage.optimizer)))
     if not dist.is_main():
         return None
-    layout = layout_of(stage.engine, validate(stage.mesh, dist.world_size()).dp_shard, dist.world_size())
     return estimate_memory(
         model,
-        layout,
+        layout_of(stage.engine, mesh),
         loader.peek(),
         stage.train.recompute,
         torch.device("meta"),
@@ -109,6 +130,7 @@ def report(
         sequence_length=train.sequence_length,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         memory=needs.memory,
+        traffic=needs.traffic,
         flops_per_step=tokens * model.flops_per_token(train.sequence_length),
         notes=notes,
     )

@@ -23,7 +23,9 @@ from torch.utils._pytree import tree_iter
 
 from cantata.core.types import Batch, Images, Segments
 from cantata.models.protocol import LanguageModel
+from cantata.nn.moe.balance import balance_loss
 from cantata.parallel.recompute import Recompute, apply_recompute
+from cantata.train.one_rank import Elements, expert_ids
 
 
 def peak_activation_bytes(
@@ -32,7 +34,7 @@ def peak_activation_bytes(
     compute_dtype: torch.dtype,
     recompute: Recompute,
     device: torch.device,
-    gradient_bytes: Callable[[int], int],
+    gradient_bytes: Callable[[Elements], int],
 ) -> int:
     """Most bytes alive at once in forward and backward, weights left out.
 
@@ -40,7 +42,7 @@ def peak_activation_bytes(
     left of it then is `gradient_bytes`.
 
     Args:
-        model: on the meta device; it stays as it is.
+        model: on the meta device, as one rank computes with it (`one_rank.on_one_rank`); it stays as it is.
         batch: its values do not matter.
         compute_dtype: of the weights while they compute.
         device: whose code paths to follow. The meta device stands in for all but the CPU: it takes the
@@ -58,19 +60,17 @@ def peak_activation_bytes(
             if unit.is_block:
                 apply_recompute(unit.module, recompute)
         batch = _without_values(_few_segments(batch), "cpu" if on_cpu else "meta")
-        live = _LiveBytes()
+        live, experts = _LiveBytes(), expert_ids(stand_in)
 
         def reduce_gradient(parameter: Tensor) -> None:
-            live.add(gradient_bytes(parameter.numel()))
+            live.add(gradient_bytes(Elements.of([parameter], experts)))
             parameter.grad = None
 
         for parameter in stand_in.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(reduce_gradient)  # type: ignore[no-untyped-call]
         with live:
-            output = stand_in(batch)
-            loss = output.loss_sum if output.router is None else output.loss_sum + output.router.loss.sum()
-            loss.backward()
+            _loss(stand_in, batch).backward()  # type: ignore[no-untyped-call]
     return live.peak
 
 
@@ -100,6 +100,15 @@ def synthetic_batch(samples: Segments, patches: Segments, features: Segments, pa
             token_index_Q=torch.arange(features.total),
         ),
     )
+
+
+def _loss(model: LanguageModel, batch: Batch) -> Tensor:
+    output = model(batch)
+    if output.router is None or model.balance is None:
+        return output.loss_sum
+    # The counts of one rank stand in for those of all: they have no other shape.
+    stats = output.router
+    return output.loss_sum + balance_loss(stats, stats.tokens_per_expert_ME, model.balance).loss_sum
 
 
 def _onto_fake_cpu(model: nn.Module) -> None:

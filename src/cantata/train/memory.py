@@ -6,7 +6,10 @@ The estimate is a sum of five parts:
     gradients    the same of the trained parameters
     optimizer    moments and fp32 masters of the trained parameters
     gathered     what sharding brings together at once, see `gathered_bytes`
-    activations  what forward and backward hold beyond that when they hold most, logits included: a dry run
+    activations  what forward and backward hold beyond that when they hold most, logits and the rows that
+                 travel to experts included: a dry run
+
+With `mesh.ep` a rank holds num_experts / ep experts of each layer, sharded among fewer ranks than the rest.
 
 Not counted: the interpreter and its libraries, the allocator's rounding, workspaces of kernels, the loader.
 """
@@ -23,8 +26,10 @@ import torch
 
 from cantata.core.types import Batch
 from cantata.models.protocol import LanguageModel
+from cantata.parallel.mesh import MeshSizes
 from cantata.parallel.recompute import Recompute
 from cantata.train.dry_run import peak_activation_bytes
+from cantata.train.one_rank import Elements, expert_ids, on_one_rank
 from cantata.train.options import Offload, Precision, StateDtype
 
 GIB = 2**30
@@ -47,10 +52,13 @@ class Resting(NamedTuple):
     bytes_each: int
     """Bytes of an element; 0 where it rests in another memory."""
     shards: int
-    """Ranks that share one copy."""
+    """Ranks that share one copy of what is no expert."""
+    expert_shards: int
+    """Ranks that share one copy of the experts of one of them."""
 
-    def of(self, elements: int) -> int:
-        return -(-elements // self.shards) * self.bytes_each
+    def of(self, elements: Elements) -> int:
+        shares = -(-elements.dense // self.shards), -(-elements.experts // self.expert_shards)
+        return sum(shares) * self.bytes_each
 
 
 @dataclass(frozen=True)
@@ -64,44 +72,49 @@ class Layout:
     """Everything the optimizer keeps for a trained parameter, fp32 masters included."""
     gathers: bool
     """Weights are brought together unit by unit, as they are used."""
+    ep: int
+    """Ranks that the experts are spread over."""
 
 
-def fsdp2_layout(precision: Precision, state_dtype: StateDtype, offload: Offload, shards: int) -> Layout:
+def fsdp2_layout(
+    precision: Precision, state_dtype: StateDtype, offload: Offload, shards: int, ep: int
+) -> Layout:
     """FSDP2: everything in the state's type, over the ranks that share a copy."""
     each = {StateDtype.fp32: 4, StateDtype.bf16: 2}[state_dtype]
-    resting = Resting(0 if offload is Offload.parameters else each, shards)
+    resting = Resting(0 if offload is Offload.parameters else each, shards, shards // ep)
     states = resting._replace(bytes_each=MOMENTS * resting.bytes_each)
-    return Layout(_dtype(precision), resting, resting, states, gathers=True)
+    return Layout(_dtype(precision), resting, resting, states, gathers=True, ep=ep)
 
 
-def zero_layout(zero_stage: int, precision: Precision, offload: Offload, world_size: int) -> Layout:
+def zero_layout(zero_stage: int, precision: Precision, offload: Offload, world_size: int, ep: int) -> Layout:
     """DeepSpeed: ZeRO shares states from stage 1, gradients from 2, weights from 3.
 
     Gradients and moments are fp32; in bf16 so are the masters beside the weights.
     """
     dtype = _dtype(precision)
     masters = 0 if dtype is torch.float32 else FP32
-    shards = [world_size if zero_stage >= stage else 1 for stage in (1, 2, 3)]
+
+    def resting(bytes_each: int, from_stage: int) -> Resting:
+        shared = zero_stage >= from_stage
+        return Resting(bytes_each, world_size if shared else 1, world_size // ep if shared else 1)
+
     return Layout(
         dtype,
-        weights=Resting(0 if offload is Offload.parameters else dtype.itemsize, shards[2]),
-        gradients=Resting(FP32 if offload is Offload.none else 0, shards[1]),
-        states=Resting(MOMENTS * FP32 + masters if offload is Offload.none else 0, shards[0]),
+        weights=resting(0 if offload is Offload.parameters else dtype.itemsize, from_stage=3),
+        gradients=resting(FP32 if offload is Offload.none else 0, from_stage=2),
+        states=resting(MOMENTS * FP32 + masters if offload is Offload.none else 0, from_stage=1),
         gathers=zero_stage == 3,
+        ep=ep,
     )
 
 
-def layout_of(engine: Mapping[str, Any], shards: int, world_size: int) -> Layout:
-    """The layout that the values under `engine` ask for.
-
-    Args:
-        shards: ranks that share one copy of the model under FSDP2 (`mesh.dp_shard`).
-        world_size: ranks that share one under ZeRO.
-    """
+def layout_of(engine: Mapping[str, Any], mesh: MeshSizes) -> Layout:
+    """The layout that the values under `engine` ask for: FSDP2 shards over a copy's ranks, ZeRO over all."""
     precision, offload = Precision(engine["precision"]), Offload(engine["offload"])
     if "zero_stage" in engine:
-        return zero_layout(engine["zero_stage"], precision, offload, world_size)
-    return fsdp2_layout(precision, StateDtype(engine["state_dtype"]), offload, shards)
+        world_size = mesh.dp_replicate * mesh.dp_shard
+        return zero_layout(engine["zero_stage"], precision, offload, world_size, mesh.ep)
+    return fsdp2_layout(precision, StateDtype(engine["state_dtype"]), offload, mesh.dp_shard, mesh.ep)
 
 
 def _dtype(precision: Precision) -> torch.dtype:
@@ -155,22 +168,23 @@ def estimate_memory(
         batch: decides lengths, images and targets; its values do not matter.
         device: where the run will compute; it decides which kernels keep what.
     """
-    parameters = [parameter for _, parameter in model.named_parameters()]
-    elements = sum(parameter.numel() for parameter in parameters)
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    local = on_one_rank(model, layout.ep)
+    experts = expert_ids(local)
+    parameters = [parameter for _, parameter in local.named_parameters()]
+    trained = Elements.of((parameter for parameter in parameters if parameter.requires_grad), experts)
     gradients = layout.gradients.of(trained)
     accumulates = accumulation_steps > 1
     peak = peak_activation_bytes(
-        model,
+        local,
         batch,
         layout.compute_dtype,
         recompute,
         device,
         (lambda elements: 0) if accumulates else layout.gradients.of,
     )
-    units = [sum(parameter.numel() for parameter in unit.module.parameters()) for unit in model.units()]
+    units = [sum(parameter.numel() for parameter in unit.module.parameters()) for unit in local.units()]
     return MemoryEstimate(
-        parameters=layout.weights.of(elements),
+        parameters=layout.weights.of(Elements.of(parameters, experts)),
         gradients=gradients,
         optimizer=layout.states.of(trained),
         gathered=gathered_bytes(layout, units),

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from cantata.train import humane
 from cantata.train.memory import MemoryEstimate
+from cantata.train.traffic import Traffic
 
 WIDTH = 88
 """Columns of the report as text."""
@@ -76,6 +77,8 @@ class StartupReport:
     gradient_accumulation_steps: int
     memory: MemoryEstimate | None
     """Per rank."""
+    traffic: Traffic | None
+    """Of a rank, where experts are spread over ranks."""
     flops_per_step: float | None
     """Forward and backward operations of a full step over all ranks."""
     notes: Sequence[str] = ()
@@ -87,35 +90,32 @@ class StartupReport:
         per_rank = self.micro_batch_size * self.sequence_length * self.gradient_accumulation_steps
         return per_rank * self.world_size
 
-    @property
-    def trained(self) -> int:
-        return sum(group.parameters for group in self.groups if group.learning_rate is not None)
-
-    @property
-    def frozen(self) -> int:
-        return sum(group.parameters for group in self.groups if group.learning_rate is None)
-
 
 def render(report: StartupReport) -> RenderableType:
     """The report for a terminal, at most `WIDTH` columns wide."""
     parts: list[RenderableType] = [
         Text(f"cantata {report.stage}: {report.name}", style="bold", overflow="fold"),
-        _facts(report),
-        _groups(report),
+        facts_table(_facts(report)),
+        groups_table(report.groups),
     ]
     if report.sources:
         parts.append(_sources(report))
     if report.memory is not None:
-        parts.append(_memory(report.memory))
+        parts.append(memory_table(report.memory))
     parts += [Text(f"  {note}", overflow="fold") for note in report.notes]
     return Group(*parts)
 
 
 def as_text(report: StartupReport) -> str:
     """The report without colours, `WIDTH` columns wide, for a file or a pipe."""
+    return plain(render(report))
+
+
+def plain(content: RenderableType) -> str:
+    """The same of anything that can be rendered."""
     console = Console(width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
     with console.capture() as capture:
-        console.print(render(report), highlight=False)
+        console.print(content, highlight=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
@@ -127,23 +127,43 @@ def write(report: StartupReport) -> Path:
     return path
 
 
-def _facts(report: StartupReport) -> Table:
+def facts_table(facts: Sequence[tuple[str, str]]) -> Table:
+    """Names and what is to be said of them."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    axes = ", ".join(f"{axis} {size}" for axis, size in report.mesh.items() if size > 1)
-    ranks = f"{report.world_size} rank" + ("s" if report.world_size > 1 else "")
-    rows = [
+    for name, value in facts:
+        table.add_row(f"  {name}", Text(value))
+    return table
+
+
+def _facts(report: StartupReport) -> list[tuple[str, str]]:
+    facts = [
         ("run", f"{report.out} ({report.origin})"),
-        ("devices", f"{ranks} on {report.device}" + (f" ({axes})" if axes else "") + f"; {report.versions}"),
+        ("devices", f"{ranks_text(report.world_size, report.mesh, report.device)}; {report.versions}"),
         ("engine", report.engine),
         ("step", _step(report)),
     ]
     if report.experts is not None:
-        rows.append(("experts", _experts(report.experts)))
-    for name, value in rows:
-        table.add_row(f"  {name}", Text(value))
-    return table
+        facts.append(("experts", experts_text(report.experts)))
+    if report.traffic is not None:
+        facts.append(("exchange", traffic_text(report.traffic)))
+    return facts
+
+
+def ranks_text(world_size: int, mesh: Mapping[str, int], device: str | None = None) -> str:
+    """`64 ranks on H100 (dp_shard 64, ep 8)`."""
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
+    ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
+    return ranks + (f" on {device}" if device else "") + (f" ({axes})" if axes else "")
+
+
+def traffic_text(traffic: Traffic) -> str:
+    """What a rank sends to the experts of others."""
+    return (
+        f"{humane.size(traffic.bytes_each)} leave a rank in one all-to-all if routing is balanced, "
+        f"{traffic.per_step:,} times a step: {humane.size(traffic.bytes_per_step)}"
+    )
 
 
 def _step(report: StartupReport) -> str:
@@ -161,7 +181,8 @@ def _step(report: StartupReport) -> str:
     return f"{text}; {report.max_steps:,} steps, {total} tokens"
 
 
-def _experts(experts: Experts) -> str:
+def experts_text(experts: Experts) -> str:
+    """How many parameters there are, and how many one token uses."""
     share = experts.active_parameters / experts.total_parameters
     return (
         f"{experts.layers} layers, {experts.top_k} of {experts.num_experts} per token: "
@@ -178,19 +199,27 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _groups(report: StartupReport) -> Table:
+def groups_table(groups: Sequence[GroupRow]) -> Table:
+    """What is trained how, and what is frozen."""
     table = _table("parameters", "count", "learning rate", "weight decay")
-    for row in report.groups:
+    for row in groups:
         frozen = row.learning_rate is None
         rate = "frozen" if row.learning_rate is None else f"{row.learning_rate:.3g}"
         decay = "-" if frozen or row.weight_decay is None else f"{row.weight_decay:g}"
         style = "dim" if frozen else None
         table.add_row(Text(f"  {row.name}"), humane.count(row.parameters), rate, decay, style=style)
-    total = f"{humane.count(report.trained)} trained"
-    if report.frozen:
-        total += f", {humane.count(report.frozen)} frozen"
-    table.add_row(f"  total: {total}", humane.count(report.trained + report.frozen), "", "", style="bold")
+    trained, frozen_too = split_counts(groups)
+    total = f"{humane.count(trained)} trained"
+    if frozen_too:
+        total += f", {humane.count(frozen_too)} frozen"
+    table.add_row(f"  total: {total}", humane.count(trained + frozen_too), "", "", style="bold")
     return table
+
+
+def split_counts(groups: Sequence[GroupRow]) -> tuple[int, int]:
+    """Trained and frozen parameters."""
+    trained = sum(group.parameters for group in groups if group.learning_rate is not None)
+    return trained, sum(group.parameters for group in groups) - trained
 
 
 def _sources(report: StartupReport) -> Table:
@@ -202,7 +231,8 @@ def _sources(report: StartupReport) -> Table:
     return table
 
 
-def _memory(memory: MemoryEstimate) -> Table:
+def memory_table(memory: MemoryEstimate) -> Table:
+    """The parts of a rank's memory."""
     table = _table("memory of a rank (estimate)", "size", "share")
     for name, number_of_bytes in memory.parts().items():
         table.add_row(f"  {name}", humane.size(number_of_bytes), f"{number_of_bytes / memory.total:.0%}")

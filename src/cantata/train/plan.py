@@ -1,0 +1,205 @@
+"""What a run on any number of ranks would hold, send and compute, found in one process without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cantata.core.build import build
+from cantata.core.errors import ConfigError
+from cantata.core.types import Batch, Segments
+from cantata.models.protocol import LanguageModel
+from cantata.parallel.fake_world import fake_world
+from cantata.parallel.materialize import Index
+from cantata.parallel.mesh import MeshSizes, RankMesh, build_mesh, validate
+from cantata.parallel.plan import apply_plan
+from cantata.train import deepspeed, describe
+from cantata.train.dry_run import synthetic_batch
+from cantata.train.engine import Engine
+from cantata.train.memory import GIB, Layout, MemoryEstimate, estimate_memory, layout_of
+from cantata.train.optim import GroupSummary, describe_groups, optimizer_defaults, parameter_groups
+from cantata.train.options import Offload
+from cantata.train.stage import LanguageStage, build_model
+from cantata.train.startup import Experts
+from cantata.train.traffic import Traffic
+
+META = torch.device("meta")
+CHANNELS = 3
+IMAGE_PATH = ("vision.", "projector.")
+"""How the names of the parameters begin that only images reach."""
+IMAGE_KEYS = {"image_size", "patch_size", "features_per_image"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The figures of one stage on `ranks` ranks."""
+
+    ranks: int
+    mesh: MeshSizes
+    groups: list[GroupSummary]
+    experts: Experts | None
+    images: int
+    """Images of a micro-batch of the dry run."""
+    patches: int
+    tokens_per_micro_batch: int
+    """Of a rank."""
+    tokens_per_step: int
+    """Of all ranks."""
+    memory: MemoryEstimate
+    """Of rank 0, which holds the most: what does not divide evenly is cut from its end."""
+    limit_gib: float | None
+    traffic: Traffic | None
+    flops_per_step: float
+    """Forward and backward operations of all ranks, without what is computed again."""
+    notes: list[str]
+    """What stands in the way of such a run."""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the estimate is below the limit; None where there is none."""
+        return None if self.limit_gib is None else self.memory.total <= self.limit_gib * GIB
+
+
+def make_plan(stage: LanguageStage) -> Plan:
+    """The plan of a stage on `cluster.gpus` ranks; neither data nor weights are read.
+
+    Raises:
+        ConfigError: what training would refuse as well.
+    """
+    ranks = stage.cluster.gpus
+    mesh = validate(stage.mesh, ranks)
+    layout = layout_of(stage.engine, mesh)
+    held = held_by_rank_0(stage, layout)
+    model = build_model(stage)
+    assert isinstance(model, LanguageModel)
+    groups = parameter_groups(model, stage.parameters, *optimizer_defaults(build(stage.optimizer)))
+    batch = likely_batch(stage, model)
+    train = stage.train
+    memory = estimate_memory(model, layout, batch, train.recompute, META, train.gradient_accumulation_steps)
+    tokens = train.micro_batch_size * train.sequence_length
+    tokens_per_step = tokens * train.gradient_accumulation_steps * ranks
+    return Plan(
+        ranks=ranks,
+        mesh=mesh,
+        groups=describe_groups(groups, model),
+        experts=describe.experts(model),
+        images=len(batch.images.patches.lengths),
+        patches=batch.images.patches.total,
+        tokens_per_micro_batch=tokens,
+        tokens_per_step=tokens_per_step,
+        memory=memory if held is None else replace(memory, **held),
+        limit_gib=stage.cluster.memory_gib,
+        traffic=describe.exchanged(stage, model, mesh),
+        flops_per_step=tokens_per_step * model.flops_per_token(train.sequence_length),
+        notes=_notes(stage),
+    )
+
+
+def _notes(stage: LanguageStage) -> list[str]:
+    ranks, streams = stage.cluster.gpus, stage.data.streams
+    if streams % ranks == 0:
+        return []
+    return [f"data.streams={streams} must become a multiple of {ranks} before this can run"]
+
+
+def held_by_rank_0(stage: LanguageStage, layout: Layout) -> dict[str, int] | None:
+    """Bytes of parameters, gradients and optimizer that rank 0 holds on its device.
+
+    Under FSDP2 the engine itself is built, in a fake world and on the meta device, and its shards are
+    counted. DeepSpeed needs storage to start: there the mesh, its options and the spread of the experts are
+    checked, and None leaves the bytes to the formulas.
+    """
+    train, ranks = stage.train, stage.cluster.gpus
+    with fake_world(ranks):
+        mesh = build_mesh(stage.mesh, ranks, "cpu")
+        if "zero_stage" in stage.engine:
+            offload = Offload(stage.engine["offload"])
+            deepspeed.validate(mesh, offload, stage.engine["zero_stage"], train.compile)
+            model = build_model(stage)
+            apply_plan(model, recompute=train.recompute, compile=train.compile, mesh=mesh, sharding=None)
+            return None
+        engine = _without_values(stage, mesh)
+        if layout.weights.bytes_each == 0:
+            return dict.fromkeys(("parameters", "gradients", "optimizer"), 0)
+        return shard_bytes(engine.state_dict())
+
+
+def shard_bytes(state: Mapping[str, Any]) -> dict[str, int]:
+    """What the shards of an engine's `state_dict` occupy on this rank.
+
+    A gradient has the type and the shape of its parameter; a parameter is trained if there is state of it.
+    """
+    sizes = {name: _local_bytes(tensor) for name, tensor in state.items()}
+    of_optimizer = [name.removeprefix("optimizer.") for name in sizes if name.startswith("optimizer.")]
+    trained = {name.rpartition(".")[0] for name in of_optimizer}
+    return {
+        "parameters": sum(size for name, size in sizes.items() if name.startswith("model.")),
+        "gradients": sum(sizes[f"model.{name}"] for name in trained),
+        "optimizer": sum(sizes[f"optimizer.{name}"] for name in of_optimizer),
+    }
+
+
+def _local_bytes(tensor: Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.element_size()
+
+
+def _without_values(stage: LanguageStage, mesh: RankMesh) -> Engine:
+    """The engine as training builds it, on the meta device: nothing is allocated and nothing read."""
+    offload = stage.engine["offload"]
+    # Offloaded shards would be allocated in host memory; their sizes are the same anywhere.
+    kept = Offload.none.value if offload == Offload.parameters.value else offload
+    model = build_model(stage)
+    engine: Engine = build(
+        stage.engine | {"offload": kept},
+        model=model,
+        mesh=mesh,
+        source=_NoValues(model),
+        optimizer=build(stage.optimizer),
+        parameters=stage.parameters,
+        recompute=stage.train.recompute,
+        compile=stage.train.compile,
+        device=META,
+    )
+    return engine
+
+
+class _NoValues:
+    """A source of every tensor whose values are never needed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def read(self, name: str, index: Index) -> Tensor:
+        return torch.empty([part.stop - part.start for part in index], device=META)
+
+
+def likely_batch(stage: LanguageStage, model: LanguageModel) -> Batch:
+    """Full rows of one sample each; where images are trained on, their features take half of a row.
+
+    The share is a guess in place of data that a plan does not read. A stage that freezes the tower and the
+    projector is taken to have no images; the shapes of others are those that the processor makes.
+    """
+    rows, length = stage.train.micro_batch_size, stage.train.sequence_length
+    processor = stage.collator["processor"]
+    unknown = IMAGE_KEYS - processor.keys()
+    if unknown:
+        raise ConfigError(f"collator.processor.{min(unknown)} is not there, and cantata plan needs it")
+    features = processor["features_per_image"]
+    patches = (processor["image_size"] // processor["patch_size"]) ** 2
+    sees = any(p.requires_grad for name, p in model.named_parameters() if name.startswith(IMAGE_PATH))
+    images = rows * max(1, length // (2 * features)) if sees and features <= length else 0
+    return synthetic_batch(
+        Segments((length,) * rows),
+        Segments((patches,) * images),
+        Segments((features,) * images),
+        CHANNELS * processor["patch_size"] ** 2,
+    )
