@@ -20,6 +20,7 @@ from transformers import AriaTextForCausalLM
 
 from cantata.core.types import IGNORE_INDEX, TEXT, Batch, Images, Segments
 from cantata.models.aria import Aria, AriaMoEConfig, AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
+from cantata.nn.moe.balance import BalanceConfig
 from cantata.parallel.materialize import RandomInit, materialize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -28,7 +29,7 @@ HIDDEN, LAYERS, HEADS, EXPERTS, TOP_K, SHARED, WIDTH = 384, 6, 6, 16, 4, 2, 256
 
 def our_model(vocab_size: int) -> Aria:
     """The decoder in Aria; its tower is one narrow layer that sees no patches."""
-    moe = AriaMoEConfig(EXPERTS, TOP_K, SHARED, WIDTH, 0.0, 0.0, 0.0)
+    moe = AriaMoEConfig(EXPERTS, TOP_K, SHARED, WIDTH, 1, 1, BalanceConfig(0.0, EXPERTS, {}, 0.0, 0.0, 0.0))
     text = AriaTextConfig(
         vocab_size=vocab_size,
         hidden_size=HIDDEN,

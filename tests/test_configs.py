@@ -88,7 +88,7 @@ def test_the_stages_of_aria_follow_the_paper() -> None:
     stages = [loaded(f"experiment=aria_25b_stage{number}") for number in (1, 2, 3)]
     assert [stage.train.sequence_length for stage in stages] == [8192, 8192, 65536]
     assert [stage.model["text"]["rope_theta"] for stage in stages] == [1e5, 1e5, 5e6]
-    assert all(stage.model["text"]["moe"]["router_z_loss_coef"] == 1e-5 for stage in stages)
+    assert all(stage.model["text"]["moe"]["balance"]["z_loss_coef"] == 1e-5 for stage in stages)
     assert [stage.model["weights"] for stage in stages] == [None, MADE_UP, MADE_UP]
 
 
