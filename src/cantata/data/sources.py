@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from cantata.core.errors import ConfigError
 from cantata.core.locate import asset
 from cantata.core.samples import DataError, Document, Example, Part
-from cantata.data.images import open_image
+from cantata.data.media.images import open_image
 from cantata.data.split import Split, split_indices
 
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from cantata.core.samples import DataError
-from cantata.data.images import open_image
+from cantata.data.media.images import open_image
 from tests.data.helpers import encoded
 
 RED = Image.new("RGB", (6, 4), (255, 0, 0))
@@ -78,3 +78,34 @@ def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(DataError, match="image too large"):
             open_image(whole)
+
+
+def test_cmyk() -> None:
+    opened = open_image(encoded(Image.new("CMYK", (6, 4), (0, 255, 255, 0)), "TIFF"))
+    assert (opened.mode, opened.getpixel((0, 0))) == ("RGB", (255, 0, 0))
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_of_several_frames(format: str) -> None:
+    options = {"lossless": True} if format == "WEBP" else {}
+    blue = Image.new("RGB", (6, 4), (0, 0, 255))
+    opened = open_image(encoded(RED, format, save_all=True, append_images=[blue, blue], **options))
+    assert (opened.size, opened.getpixel((1, 1))) == ((6, 4), (255, 0, 0))
+
+
+def test_empty_files(tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    for source in (b"", tmp_path / "empty.png"):
+        with pytest.raises(DataError, match="empty image"):
+            open_image(source)
+
+
+def test_programs_are_not_run() -> None:
+    # Pillow would hand this to ghostscript.
+    with pytest.raises(DataError, match="corrupt image"):
+        open_image(encoded(RED, "EPS"))
+
+
+def test_odd_metadata_is_no_concern() -> None:
+    whole = encoded(RED, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
+    assert open_image(whole).size == RED.size
