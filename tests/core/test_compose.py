@@ -19,6 +19,7 @@ out: outputs/${name}
 steps: {max: 3, every: 1}
 rules:
   "text.*": {rate: 1}
+extras: {}
 """,
     "engine/fast.yaml": "precision: bf16\nsizes: [1, 2]\n",
     "engine/slow.yaml": "precision: fp32\n",
@@ -75,6 +76,11 @@ def test_shipped_files_are_named_from_the_configs_folder() -> None:
         (["setps.max=3"], "^override 'setps.max=3': setps.max is not a known key; nearest: steps.max$"),
         (["enigne=fast"], "^override 'enigne=fast': enigne is not a known key; nearest: engine$"),
         (["experiment=mini", "steps.mxa=3"], "override 'steps.mxa=3'.*nearest: steps.max$"),
+        (["steps={mxa: 3}"], "^override 'steps={mxa: 3}': steps.mxa is not a known key; nearest: steps.max$"),
+        (
+            ["extras={a: 1}"],
+            r"^override 'extras={a: 1}': extras is empty; to add to it, write '\+extras={a: 1}'$",
+        ),
         (["steps.max=[1"], r"^override 'steps.max=\[1': "),
         (["~nothing"], "nothing"),
         (["experiment=broken"], "broken.yaml:3: not valid YAML"),

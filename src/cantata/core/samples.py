@@ -125,3 +125,11 @@ class Processor(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the tokens, special tokens left out."""
         ...
+
+    def spell(self, token_ids: Sequence[int]) -> str:
+        """Text of the tokens, special tokens spelt out."""
+        ...
+
+    def picture(self, image: ImagePatches) -> Image.Image:
+        """The pixels that the vision tower gets, laid out as an image again."""
+        ...

@@ -80,5 +80,15 @@ class LanguageModel(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
+@runtime_checkable
+class EmbedsTokens(Protocol):
+    """A model that says where its tokens become vectors, so that training can put noise on them."""
+
+    @property
+    def token_embedding(self) -> nn.Module:
+        """From token ids (T,) to vectors (T, D), of which image features then replace the placeholders'."""
+        ...
+
+
 Fill = Callable[[str, Tensor], None]
 """Writes the value of a named, whole tensor."""

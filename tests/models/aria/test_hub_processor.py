@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cantata.core.locate import asset
 from cantata.core.samples import Chat, Document, Message
 from cantata.models.aria.config import AriaProjectorConfig
 from cantata.models.aria.hub_processor import write_processor
@@ -53,6 +54,13 @@ def test_the_template_spells_the_runs_tokens(tmp_path: Path) -> None:
     assert "'<|im_start|><|img|><fim_suffix>'" in template
     assert "<|im_end|>" not in template
     assert "'<|endoftext|>\\n'" in template
+
+
+def test_a_template_of_the_users_is_written_as_it_is(tmp_path: Path) -> None:
+    source = "{# mine #}" + asset("embedded:chat_template.jinja").read_text()
+    (tmp_path / "mine.jinja").write_text(source)
+    written(tmp_path, chat_template=str(tmp_path / "mine.jinja"))
+    assert (tmp_path / "chat_template.jinja").read_text() == source
 
 
 def test_images_become_the_same_patches(tmp_path: Path) -> None:

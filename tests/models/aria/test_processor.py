@@ -116,6 +116,13 @@ def test_special_tokens_spelt_out_stay_text_in_every_copy() -> None:
         assert sample.input_ids_T.tolist().count(END) == 1
 
 
+def test_special_tokens_are_spelt_or_left_out() -> None:
+    processor = mini_processor()
+    ids = processor.encode(Document(("hi",)), "s:0").input_ids_T.tolist()
+    assert processor.spell(ids) == "hi<|endoftext|>"
+    assert processor.decode(ids) == "hi"
+
+
 @pytest.mark.parametrize(("image_size", "tokens"), [(490, 128), (980, 256)])
 def test_tokens_per_image(image_size: int, tokens: int) -> None:
     sample = published(image_size).encode(Document((Image.new("RGB", (1224, 1584)),)), "s:0")

@@ -73,3 +73,9 @@ def patches(
         pixels = padded
     grid = pixels.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 4, 1, 3)
     return np.ascontiguousarray(grid).reshape(rows * columns, 3 * patch_size**2), rows, columns
+
+
+def joined(patches_PC: NDArray[np.uint8], columns: int, patch_size: int) -> Image.Image:
+    """The image that was cut into these patches, its padding included: the inverse of `patches`."""
+    grid = patches_PC.reshape(-1, columns, 3, patch_size, patch_size).transpose(0, 3, 1, 4, 2)
+    return Image.fromarray(grid.reshape(-1, columns * patch_size, 3))

@@ -41,10 +41,7 @@ def write_processor(processor: AriaProcessor, projector: AriaProjectorConfig, di
         directory / "generation_config.json",
         {"eos_token_id": list(processor.stop_token_ids), "pad_token_id": processor.pad_token_id},
     )
-    own = (names.image_prefix, names.image, names.image_suffix, names.message_start, names.message_end)
-    template = asset(_TEMPLATE).read_text(encoding="utf-8")
-    for shipped, name in zip(_TEMPLATE_TOKENS, own, strict=True):
-        template = template.replace(shipped, name)
+    template = _chatml(processor) if processor.template is None else processor.template.source
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     if processor.image_size not in PUBLISHED_SIZES:
         sizes = " or ".join(map(str, PUBLISHED_SIZES))
@@ -52,6 +49,15 @@ def write_processor(processor: AriaProcessor, projector: AriaProjectorConfig, di
         return [f"no processor_config.json: {found}"]
     _write_image_processor(processor, projector, directory)
     return []
+
+
+def _chatml(processor: AriaProcessor) -> str:
+    names = processor.token_names
+    own = (names.image_prefix, names.image, names.image_suffix, names.message_start, names.message_end)
+    template = asset(_TEMPLATE).read_text(encoding="utf-8")
+    for shipped, name in zip(_TEMPLATE_TOKENS, own, strict=True):
+        template = template.replace(shipped, name)
+    return template
 
 
 def _write_image_processor(processor: AriaProcessor, projector: AriaProjectorConfig, directory: Path) -> None:

@@ -136,6 +136,10 @@ class Aria(nn.Module):
         return 6.0 * weights + 6.0 * text.num_hidden_layers * heads * mean_sample_length
 
     @property
+    def token_embedding(self) -> nn.Module:
+        return self.text.embed_tokens
+
+    @property
     def balance(self) -> BalanceConfig:
         return self.text_config.moe.balance
 

@@ -14,16 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
+from cantata.core.chat_template import ASSISTANT, ChatTemplate, Piece, weight_of
 from cantata.core.errors import ConfigError
 from cantata.core.locate import asset
 from cantata.core.samples import Chat, DataError, Document, Example, ImagePatches, Part, Sample, Video
 from cantata.core.suggest import hint
-from cantata.core.types import IMAGE, TEXT, VIDEO
+from cantata.core.types import IMAGE, VIDEO
 from cantata.models.aria import crops
+from cantata.models.aria.draft import Draft
 from cantata.models.aria.vision import patch_position_ids
-
-ASSISTANT = "assistant"
-ROLES = ("system", "user", ASSISTANT, "tool")
 
 
 class TokenNames(NamedTuple):
@@ -43,9 +42,11 @@ class AriaProcessor:
 
     An image becomes `image_prefix`, `features_per_image` placeholders for each of its crops, `image_suffix`;
     a video the same for each of its frames, which are never cut.
-    A document ends with `document_end`, which is learned like its text. A conversation is ChatML; of it the
-    model learns what the assistant says, up to and including `message_end`, unless a message weighs itself.
-    Text is only ever text: a document that spells out a special token does not get that token.
+    A document ends with `document_end`, which is learned like its text. A conversation is ChatML, or what
+    `chat_template` makes of it; of it the model learns what the assistant says, up to and including
+    `message_end`, unless a message weighs itself. Around the placeholders of an image stands in a
+    conversation what the template writes there.
+    Text is only ever text: a sample that spells out a special token does not get that token.
 
     Args:
         tokenizer: a `tokenizer.json`, or a folder that holds one; `embedded:` names one of the package.
@@ -62,6 +63,7 @@ class AriaProcessor:
         message_end: name of the token that closes it.
         document_end: name of the token that ends a document.
         pad_token: name of the padding token.
+        chat_template: a Jinja template, or a checkpoint's folder that holds one; null: ChatML, as Aria's.
 
     Raises `ConfigError` where the file is no tokenizer, a token is not in it, or the sizes do not fit.
     """
@@ -82,6 +84,7 @@ class AriaProcessor:
         message_end: str,
         document_end: str,
         pad_token: str,
+        chat_template: str | None,
     ) -> None:
         if image_size % patch_size:
             raise ConfigError(f"image_size={image_size} is no multiple of patch_size={patch_size}")
@@ -110,6 +113,11 @@ class AriaProcessor:
         self._message_start = self._id(message_start)
         self._message_end = self._id(message_end)
         self._document_end = self._id(document_end)
+        self.template: ChatTemplate | None = None
+        """The chat template, where it is not ChatML."""
+        self._template_ids: dict[str, list[int]] = {}
+        if chat_template is not None:
+            self._load_template(chat_template, load_tokenizer(tokenizer))
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -117,7 +125,7 @@ class AriaProcessor:
 
     def encode(self, example: Example, key: str) -> Sample:
         """A training sample. Raises `DataError` for an unknown role or an image without pixels."""
-        draft = _Draft()
+        draft = Draft()
         if isinstance(example, Document):
             self._add_parts(draft, example.parts, weight=1.0)
             draft.add([self._document_end], weight=1.0)
@@ -127,52 +135,107 @@ class AriaProcessor:
 
     def encode_prompt(self, example: Example, key: str = "prompt") -> Sample:
         """What a generation continues: a document without its end, a chat with the assistant's header."""
-        draft = _Draft()
+        draft = Draft()
         if isinstance(example, Document):
             self._add_parts(draft, example.parts, weight=0.0)
         else:
-            self._add_chat(draft, example)
-            draft.add([self._message_start, *self._text(f"{ASSISTANT}\n")], weight=0.0)
+            self._add_chat(draft, example, add_generation_prompt=True)
         return draft.sample(key)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the tokens, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
+    def spell(self, token_ids: Sequence[int]) -> str:
+        """Text of the tokens, special tokens spelt out."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    def picture(self, image: ImagePatches) -> Image.Image:
+        """The pixels that the vision tower gets, laid out as an image again."""
+        rows_P = image.position_ids_P // self.position_grid
+        return crops.joined(image.patches_PC, int((rows_P == rows_P[0]).sum()), self.patch_size)
+
+    def __getstate__(self) -> dict[str, object]:
+        # What was encoded is no part of what it is: a cache of samples knows a processor by its pickle.
+        return {**self.__dict__, "_template_ids": {}}
+
     def __setstate__(self, state: dict[str, object]) -> None:
         # The flag is no part of tokenizer.json, and so of its pickle.
         self.__dict__.update(state)
         self.tokenizer.encode_special_tokens = True
 
-    def _add_chat(self, draft: _Draft, chat: Chat) -> None:
+    def _load_template(self, path: str, tokenizer: Tokenizer) -> None:
+        # In what the template writes, a special token spelt out is one.
+        tokenizer.encode_special_tokens = False
+        self._template_tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder().values()
+        of_images = (self.token_names.image, self.token_names.image_prefix, self.token_names.image_suffix)
+        special = [token.content for token in added if token.special and token.content not in of_images]
+        self.template = ChatTemplate(path, special)
+
+    def _add_chat(self, draft: Draft, chat: Chat, add_generation_prompt: bool = False) -> None:
+        if self.template is not None:
+            self._add_templated(draft, chat, self.template.render(chat, add_generation_prompt))
+            return
         newline = self._text("\n")
         for message in chat.messages:
-            if message.role not in ROLES:
-                raise DataError("unknown role", f"{message.role!r} is none of {', '.join(ROLES)}")
-            weight = message.weight
-            if weight is None:
-                weight = 1.0 if message.role == ASSISTANT else 0.0
+            weight = 0.0 if add_generation_prompt else weight_of(message)
             draft.add([self._message_start, *self._text(f"{message.role}\n")], weight=0.0)
             self._add_parts(draft, message.parts, weight=weight)
             draft.add([self._message_end], weight=weight)
             draft.add(newline, weight=0.0)
+        if add_generation_prompt:
+            draft.add([self._message_start, *self._text(f"{ASSISTANT}\n")], weight=0.0)
 
-    def _add_parts(self, draft: _Draft, parts: Iterable[Part], weight: float) -> None:
+    def _add_templated(self, draft: Draft, chat: Chat, pieces: Iterable[Piece]) -> None:
+        parts = [part for message in chat.messages for part in message.parts]
+        media = [media for part in parts if not isinstance(part, str) for media in self._media(part)]
+        rest = iter(media)
+        for text, is_template, weight in pieces:
+            if not is_template:
+                draft.add(self._text(text), weight=weight)
+                continue
+            for token in self._encode_template(text):
+                if token == self.image_token_id:
+                    images, modality = next(rest, (None, IMAGE))
+                    if images is None:
+                        raise DataError(
+                            "chat template", f"it has more images than the {len(media)} there are"
+                        )
+                    self._add_placeholders(draft, images, modality)
+                else:
+                    is_frame = token in (self._image_prefix, self._image_suffix)
+                    draft.add([token], weight=0.0 if is_frame else weight)
+        if next(rest, None) is not None:
+            raise DataError("chat template", f"it leaves out some of {len(media)} images")
+
+    def _encode_template(self, text: str) -> list[int]:
+        # A template writes the same few pieces again and again.
+        if text not in self._template_ids:
+            ids: list[int] = self._template_tokenizer.encode(text, add_special_tokens=False).ids
+            self._template_ids[text] = ids
+        return self._template_ids[text]
+
+    def _add_parts(self, draft: Draft, parts: Iterable[Part], weight: float) -> None:
         for part in parts:
             if isinstance(part, str):
                 draft.add(self._text(part), weight=weight)
-            elif isinstance(part, Video):
-                for frame in part.frames:
-                    self._add_image(draft, [self._patches(frame)], VIDEO)
-            else:
-                self._add_image(draft, self._images(part), IMAGE)
+                continue
+            for images, modality in self._media(part):
+                draft.add([self._image_prefix], weight=0.0)
+                self._add_placeholders(draft, images, modality)
+                draft.add([self._image_suffix], weight=0.0)
 
-    def _add_image(self, draft: _Draft, images: list[ImagePatches], modality: int) -> None:
-        draft.add([self._image_prefix], weight=0.0)
+    def _add_placeholders(self, draft: Draft, images: list[ImagePatches], modality: int) -> None:
         placeholders = [self.image_token_id] * sum(image.num_features for image in images)
         draft.add(placeholders, weight=0.0, modality=modality)
-        draft.add([self._image_suffix], weight=0.0)
         draft.images.extend(images)
+
+    def _media(self, part: Image.Image | Video) -> list[tuple[list[ImagePatches], int]]:
+        """The crops of an image, or of each frame the only one, with their modality."""
+        if isinstance(part, Video):
+            return [([self._patches(frame)], VIDEO) for frame in part.frames]
+        return [(self._images(part), IMAGE)]
 
     def _images(self, image: Image.Image) -> list[ImagePatches]:
         whole_and_crops = crops.split(image, self.image_size) if self.split_image else [image]
@@ -195,30 +258,6 @@ class AriaProcessor:
             special = [added.content for added in self.tokenizer.get_added_tokens_decoder().values()]
             raise ConfigError(f"the tokenizer has no token {token!r}{hint(token, special)}")
         return int(found)
-
-
-class _Draft:
-    """A sample under construction."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.weights: list[float] = []
-        self.modalities: list[int] = []
-        self.images: list[ImagePatches] = []
-
-    def add(self, ids: list[int], *, weight: float, modality: int = TEXT) -> None:
-        self.ids += ids
-        self.weights += [weight] * len(ids)
-        self.modalities += [modality] * len(ids)
-
-    def sample(self, key: str) -> Sample:
-        return Sample(
-            key,
-            np.array(self.ids, dtype=np.int32),
-            np.array(self.weights, dtype=np.float32),
-            np.array(self.modalities, dtype=np.int8),
-            tuple(self.images),
-        )
 
 
 def load_tokenizer(path: str) -> Tokenizer:
