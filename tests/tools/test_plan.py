@@ -99,7 +99,7 @@ def test_overlays_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((), "cantata plan: the following arguments are required: STAGE"),
+        ((), "cantata plan: the following arguments are required: STAGE\n"),
         (("pretrian",), "pretrian is no stage that can be planned; nearest: pretrain"),
         (("pretrain", "--jsn"), "cantata plan: unrecognized arguments: --jsn"),
         (
@@ -108,6 +108,7 @@ def test_overlays_of_ones_own(tmp_path: Path) -> None:
         ),
         (("pretrain", "cluster.gpus=none"), "override 'cluster.gpus=none': cluster.gpus must be an integer"),
         (("pretrain", "cluster.gpus=0"), "cluster.gpus=0 must be at least 1"),
+        (("pretrain", "--config-dir", "nowhere"), "--config-dir nowhere is no folder"),
         (
             ("pretrain", "cluster.gpus=12", "mesh.ep=8"),
             "mesh.ep=8 must divide the 12 ranks of a copy (mesh.dp_shard)",

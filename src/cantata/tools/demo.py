@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from rich.text import Text
 
 from cantata.core.errors import RunError
 from cantata.core.locate import recipes_dir
+from cantata.tools.arguments import Parser
 
 PLAN = """\
 A small Aria (vision tower, projector, mixture-of-experts decoder) learns, from random weights, to \
@@ -30,7 +30,7 @@ Stop it whenever you like: the same command goes on where it stopped."""
 
 def main(argv: Sequence[str]) -> int:
     """Run the demo; returns the exit code of the training, or 0."""
-    parser = argparse.ArgumentParser(prog="cantata demo", description=__doc__)
+    parser = Parser(prog="cantata demo", description=__doc__)
     parser.add_argument("--out", default="outputs/demo", help="run directory (%(default)s)")
     parser.add_argument("overrides", nargs="*", help="more overrides for the run, such as train.max_steps=20")
     arguments = parser.parse_args(argv)

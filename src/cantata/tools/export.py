@@ -17,6 +17,7 @@ from cantata.core.errors import CantataError, ConfigError, RunError
 from cantata.models.hub import HubWriter
 from cantata.models.protocol import LanguageModel
 from cantata.parallel.materialize import persistent_tensors
+from cantata.tools.arguments import Parser
 from cantata.train.checkpoint_files import CheckpointFiles, is_complete, read_state
 from cantata.train.checkpoint_tensors import StoredTensors, differences
 from cantata.train.humane import count, size
@@ -92,11 +93,15 @@ def export(
     files = [file.stat().st_size for file in directory.glob("*.safetensors")]
     step = read_state(path)["step"]
     write(
-        f"{directory}: {count(sum(shapes))} parameters, {size(sum(files))} in {len(files)} files, "
+        f"{directory}: {count(sum(shapes))} parameters, {size(sum(files))} in {_files(len(files))}, "
         f"from {path} (step {step})"
     )
     for note in notes:
         write(note)
+
+
+def _files(number: int) -> str:
+    return f"{number} file" + ("s" if number > 1 else "")
 
 
 def _check_model(model: nn.Module, stored: StoredTensors) -> None:
@@ -130,7 +135,7 @@ def shard_bytes(text: str) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """The command; returns 0."""
-    parser = argparse.ArgumentParser(prog="cantata export", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="cantata export", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",

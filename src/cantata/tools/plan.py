@@ -6,11 +6,10 @@ to the user need not be given.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Group as RichGroup
@@ -22,12 +21,13 @@ from cantata.core.errors import ConfigError
 from cantata.core.schema import dotted
 from cantata.core.suggest import hint
 from cantata.core.target import TARGET
+from cantata.tools.arguments import Parser
 from cantata.train import humane, startup
 from cantata.train.plan import Plan, make_plan
-from cantata.train.stage import LanguageStage
+from cantata.train.stage import FineTuneStage, LanguageStage
 from cantata.train.startup import GroupRow
 
-STAGES = {"pretrain": LanguageStage}
+STAGES: dict[str, type[LanguageStage]] = {"pretrain": LanguageStage, "sft": FineTuneStage}
 UNREAD = ("data.", "collator.", "model.weights")
 """Where a config may leave values to the user that a plan has no use for."""
 STAND_IN = "not-read-by-plan"
@@ -37,6 +37,8 @@ def read_stage(name: str, overrides: Sequence[str], config_dir: Path | None) -> 
     """The stage's config as training composes it; raises `ConfigError`."""
     if name not in STAGES:
         raise ConfigError(f"{name} is no stage that can be planned{hint(name, STAGES)}")
+    if config_dir is not None and not config_dir.is_dir():
+        raise ConfigError(f"--config-dir {config_dir} is no folder")
     search = [] if config_dir is None else [f"hydra.searchpath=[file://{config_dir.absolute()}]"]
     node, origins = compose(name, [*search, *overrides])
     for key in map(dotted, missing_keys(OmegaConf.to_container(node))):
@@ -131,16 +133,13 @@ def _fit(plan: Plan) -> list[str]:
     return [f"{humane.size(plan.memory.total)} {verdict} {plan.limit_gib:g} GiB"]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"cantata plan: {message}")
-
-
 def main(arguments: Sequence[str]) -> int:
     """The command: 0 whether the run fits or not; `ConfigError` for what training would refuse."""
-    parser = _Parser(prog="cantata plan", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog="cantata plan", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("stage", metavar="STAGE", help=f"one of {', '.join(STAGES)}")
-    parser.add_argument("overrides", nargs="*", help="as of the stage, and cluster.gpus, cluster.memory_gib")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], help="as of the stage, and cluster.gpus, cluster.memory_gib"
+    )
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder with overlays of your own")
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
     given = parser.parse_intermixed_args(list(arguments))

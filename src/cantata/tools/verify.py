@@ -5,7 +5,6 @@ R, W  rows and columns of an image's patches
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from cantata.models.aria.hf import AriaLayout
 from cantata.models.aria.model import Aria, aria_from_hub
 from cantata.models.aria.vision import patch_position_ids
 from cantata.models.hub import load_from_hub
+from cantata.tools.arguments import Parser
 
 LOGITS_BOUND = 1e-5
 LOSS_BOUND = 1e-5
@@ -223,6 +223,6 @@ def _transformers_model(directory: Path) -> Any:
 
 def main(arguments: Sequence[str]) -> int:
     """The command: 0 if native and transformers agree, 1 if not."""
-    parser = argparse.ArgumentParser(prog="cantata verify", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="cantata verify", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("directory", metavar="HF_DIR", type=Path, help="a Hugging Face model directory")
     return 0 if verify(parser.parse_args(arguments).directory, print) else 1
