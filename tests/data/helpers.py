@@ -39,6 +39,7 @@ def mini_processor(**changes: Any) -> AriaProcessor:
         "position_grid": 8,
         "features_per_image": 16,
         "split_image": False,
+        "chat_template": None,
     }
     return AriaProcessor(**({"tokenizer": "embedded:tokenizer.json"} | sizes | TOKENS | changes))
 
@@ -91,8 +92,10 @@ class Letters:
         return "".join(chr(token) for token in token_ids)
 
 
-def source(dataset: Any, weight: float = 1.0, on_error: str = "skip", too_long: str = "drop") -> Source:
-    return Source(dataset, weight, OnError[on_error], TooLong[too_long])
+def source(
+    dataset: Any, weight: float = 1.0, on_error: str = "skip", too_long: str = "drop", **more: Any
+) -> Source:
+    return Source(dataset, weight, OnError[on_error], TooLong[too_long], **more)
 
 
 def embedded_sources(split: Split = Split.train) -> dict[str, Source]:

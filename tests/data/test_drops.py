@@ -1,4 +1,4 @@
-from cantata.data.drops import sum_drops
+from cantata.data.drops import sum_drops, sum_reads
 
 
 def test_counts_add_up_by_source_and_reason() -> None:
@@ -8,3 +8,7 @@ def test_counts_add_up_by_source_and_reason() -> None:
 
 def test_nothing_dropped_is_nothing() -> None:
     assert sum_drops([]) == {}
+
+
+def test_reads_add_up() -> None:
+    assert sum_reads([{"a": 2, "b": 1}, {}, {"a": 3}]) == {"a": 5, "b": 1}

@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from cantata.data.collate import PackedCollator
-from cantata.data.held_out import HeldOut, interleaved
+from cantata.data.held_out import HeldOut
 from cantata.data.reading import Source
 from tests.data.helpers import Letters, Words, assert_same, source
 
@@ -42,9 +42,22 @@ def test_passes_are_alike_and_drops_counted_once() -> None:
     assert batches.sizes() == {"a": 24, "b": 6}
 
 
-def test_sources_are_evenly_mixed() -> None:
-    expected = [("a", 0), ("b", 0), ("a", 1), ("a", 2), ("b", 1), ("a", 3)]
-    assert interleaved({"a": 4, "b": 2}) == expected
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_each_source_in_a_pass_of_its_own(world_size: int) -> None:
+    passes = [dict(held_out(rank, world_size).passes()) for rank in range(world_size)]
+    for name, count in (("a", 22), ("b", 6)):
+        batches = [list(one[name]) for one in passes]
+        assert len({len(own) for own in batches}) == 1, "ranks stay in step within a source"
+        lengths = [n for own in batches for batch in own for n in batch.samples.lengths]
+        assert len(lengths) == count
+        assert name == "a" or set(lengths) == {10}
+
+
+def test_examples_are_spread_evenly_and_unreadable_ones_passed_over() -> None:
+    found = [(name, index) for name, index, _ in held_out().spread(8)]
+    assert found == [("a", 0), ("a", 6), ("a", 9), ("a", 12), ("a", 15), ("a", 18), ("a", 21)] + [
+        ("b", index) for index in range(6)
+    ]
 
 
 def test_nothing_held_out() -> None:

@@ -1,13 +1,16 @@
 import json
 import multiprocessing
+import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import accumulate, compress, islice
+from typing import Any
 
 import pytest
 import torch
 
 from cantata.core.errors import ConfigError, RunError
+from cantata.core.samples import Document, Example
 from cantata.data.collate import PackedCollator
 from cantata.data.loader import Loader, merge_states
 from cantata.data.reading import Source
@@ -114,6 +117,85 @@ def test_any_number_of_ranks_sees_the_same_rows(plan: list[tuple[int, int]]) -> 
     reference = letters_loader(words())
     taken(reference, len(seen))
     assert state == stored([reference])
+
+
+def stamped(example: Example, source: str, index: int, epoch: int) -> Example:
+    """Writes the epoch into the text: "AAA" in the first, "BBB" in the second."""
+    assert isinstance(example, Document)
+    return Document((chr(ord("A") + epoch) * len(str(example.parts[0])),))
+
+
+def mixed() -> dict[str, Source]:
+    """Three sources of different lengths and shares; of `a` and `b` some cannot be used."""
+    return {
+        "a": source(Words("a", [3 + 7 * i % 29 for i in range(97)] + [50], [3, 17]), augmentation=stamped),
+        "b": source(Words("b", [10] * 71, broken=[70]), 0.7, augmentation=stamped),
+        "c": source(Words("c", [1 + i % 31 for i in range(64)]), 0.4, augmentation=stamped),
+    }
+
+
+@pytest.mark.parametrize("plan", [[1, 2, 1], [2, 1, 2], [4, 2, 1]])
+def test_an_epoch_is_the_dataset_whatever_the_ranks_did_in_the_middle(plan: list[int]) -> None:
+    """Ranks change twice inside the first epoch of every source; then each source is read beyond it."""
+    state, trained, dropped = None, Counter[str](), Counter[str]()
+    for part, world_size in enumerate(plan):
+        loaders = [letters_loader(mixed(), rank=r, world_size=world_size) for r in range(world_size)]
+        for loader in loaders:
+            if state is not None:
+                loader.load_state_dict(state)
+            for batch in taken(loader, (240 if part == 2 else 8) // world_size):
+                starts = [0, *accumulate(batch.samples.lengths)]
+                of_first = [batch.input_ids_T[start] == ord("A") for start in starts[:-1]]
+                trained.update(compress(keys(batch), of_first))
+                dropped.update(f"{name}:{index}" for row in batch.rows for name, _, index in row.dropped)
+        state = stored(loaders)
+        if part < 2:
+            assert 0 < len(trained) < 100, "not in the middle of an epoch"
+    unusable = {"a:3", "a:17", "a:97", "b:70"}
+    every = {f"{name}:{index}" for name, one in mixed().items() for index in range(len(one.dataset))}
+    assert trained == Counter(every - unusable)
+    assert set(dropped) == unusable
+    order = loaders[0].order
+    read = (
+        order.locate(position)
+        for stream, one in state["streams"].items()
+        for position in range(int(stream), one["next"], len(state["streams"]))
+    )
+    reads = Counter(f"{place.source}:{place.index}" for place in read)
+    assert dropped == {name: reads[name] for name in unusable}
+
+
+def spoilt(broken: int, **changes: Any) -> Loader:
+    bad = source(Words("a", [10] * 1000, broken=range(broken)), max_skipped=0.25)
+    return letters_loader({"a": bad, "b": source(Words("b", [10] * 50))}, **changes)
+
+
+def stop(loader: Loader) -> str:
+    with pytest.raises(RunError) as caught:
+        taken(loader, 2000)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("streams", [1, 32])
+def test_a_source_with_too_many_bad_samples_ends_the_run(streams: int) -> None:
+    """One stream finds out by itself while it reads ahead, many find out together."""
+    taken(spoilt(200, streams=streams), 400)
+    message = stop(spoilt(400, streams=streams))
+    assert re.match(
+        r"\d+ of \d+ samples of data\.sources\.a \([\d.]+%\) were left out, most often: corr", message
+    )
+    reads = int(message.split()[2])
+    assert 100 <= reads < 140
+
+
+def test_the_limit_is_passed_at_the_same_sample_after_a_resume_and_with_workers() -> None:
+    whole = stop(spoilt(400))
+    first = spoilt(400, num_workers=2)
+    taken(first, 30)
+    second = spoilt(400)
+    second.load_state_dict(stored([first]))
+    assert sum(second.reads().values()) > 60
+    assert stop(second) == whole
 
 
 def test_every_sample_once_per_epoch_or_pending_or_dropped() -> None:

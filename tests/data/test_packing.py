@@ -25,7 +25,14 @@ def packer(lengths: list[int], **changes: object) -> Packer:
         length = lengths[position % len(lengths)]
         return sample(position, length) if length else Drop("s", "corrupt image", position)
 
-    settings = {"stream": 0, "stride": 1, "sequence_length": 20, "window": 4, "patience": 50}
+    settings = {
+        "stream": 0,
+        "stride": 1,
+        "sequence_length": 20,
+        "window": 4,
+        "patience": 50,
+        "check": lambda *_: None,
+    }
     return Packer(fetch, **(settings | changes))  # type: ignore[arg-type]
 
 
@@ -36,7 +43,7 @@ def rows(source: Packer, count: int) -> list[PackedRow]:
 def test_first_fit_by_hand() -> None:
     filled = rows(packer([12, 9, 8, 7], window=3), 3)
     assert [row.info.samples for row in filled] == [("s:0", "s:2"), ("s:1", "s:3"), ("s:4", "s:6")]
-    assert filled[0].info.state == {"next": 5, "pending": [1, 3, 4], "dropped": {}}
+    assert filled[0].info.state == {"next": 5, "pending": [1, 3, 4], "read": {"s": 5}, "dropped": {}}
 
 
 lengths_of = st.lists(st.integers(0, 20), min_size=1, max_size=30).filter(any)
@@ -94,6 +101,13 @@ def test_drops_are_told_once_and_counted() -> None:
     state = filled[-1].info.state
     assert [index for _, _, index in told] == list(range(1, state["next"], 3))
     assert state["dropped"] == {"s": {"corrupt image": len(told)}}
+    assert state["read"] == {"s": state["next"]}
+
+
+def test_counts_are_checked_at_each_drop() -> None:
+    seen = []
+    last = rows(packer([10, 0, 10], check=lambda read, dropped: seen.append(read["s"])), 4)[-1]
+    assert seen == list(range(2, last.info.state["next"] + 1, 3))
 
 
 def test_finite_data_ends_with_every_sample_out() -> None:
@@ -109,6 +123,6 @@ def test_only_drops_is_an_error_not_a_hang() -> None:
 
 
 def test_a_pending_sample_that_vanished() -> None:
-    state = {"next": 4, "pending": [1], "dropped": {}}
+    state = {"next": 4, "pending": [1], "read": {"s": 4}, "dropped": {}}
     with pytest.raises(RunError, match="s:1 was read before the checkpoint"):
         packer([5, 0]).load(state)

@@ -2,30 +2,63 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from cantata.core.build import build
 from cantata.core.errors import ConfigError
+from cantata.core.samples import Processor
+from cantata.data.cache import SampleCache, identify
 from cantata.data.collate.packed import PackedCollator
-from cantata.data.config import DataConfig, SourceConfig
+from cantata.data.config import DataConfig, SourceConfig, WeightUnit
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
-from cantata.data.reading import Source
+from cantata.data.reading import Augmentation, Reader, Source
+from cantata.data.weights import weights_of_tokens
+
+log = logging.getLogger(__name__)
 
 
-def build_sources(configs: Mapping[str, SourceConfig], key: str) -> dict[str, Source]:
-    """Open the datasets; `key` is where they stand in the config, for messages.
+def build_sources(
+    configs: Mapping[str, SourceConfig], key: str, seed: int, cache: str | None, processor: Processor
+) -> dict[str, Source]:
+    """Open the datasets.
+
+    Args:
+        configs: by name.
+        key: where they stand in the config, for messages.
+        seed: decides augmentations.
+        cache: folder of encoded samples, or None.
+        processor: what encodes them.
 
     Raises `ConfigError` where a dataset's file is missing or unusable.
     """
     sources = {}
     for name, config in configs.items():
-        try:
-            dataset = build(config.dataset)
-        except ConfigError as error:
-            raise ConfigError(f"{key}.{name}.dataset: {error}") from error
-        sources[name] = Source(dataset, config.weight, config.on_error, config.too_long)
+        dataset = _built(config.dataset, f"{key}.{name}.dataset")
+        augmentation = None
+        if config.augment is not None:
+            augmentation = Augmentation(_built(config.augment, f"{key}.{name}.augment"), seed)
+        sources[name] = Source(
+            dataset, config.weight, config.on_error, config.too_long, config.max_skipped, augmentation
+        )
+        if cache is not None and augmentation is None:
+            identity = identify(config.dataset, len(dataset), processor)
+            if identity is None:
+                log.warning("%s.%s is not cached: no file tells its data from other data", key, name)
+                continue
+            sources[name] = replace(sources[name], cache=SampleCache(Path(cache).expanduser(), identity))
     return sources
+
+
+def _built(node: dict[str, Any], key: str) -> Any:
+    try:
+        return build(node)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def build_loader(
@@ -39,8 +72,11 @@ def build_loader(
     world_size: int,
 ) -> Loader:
     """The training batches of data-parallel rank `rank` of `world_size`."""
+    sources = build_sources(config.sources, "data.sources", seed, config.cache, collator.processor)
+    if config.weight_unit is WeightUnit.tokens:
+        sources = weights_of_tokens(Reader(sources, collator.encode, sequence_length, "data.sources"))
     return Loader(
-        build_sources(config.sources, "data.sources"),
+        sources,
         collator,
         seed=seed,
         sequence_length=sequence_length,
@@ -65,7 +101,7 @@ def build_held_out(
 ) -> HeldOut:
     """The evaluation batches of data-parallel rank `rank` of `world_size`; none where nothing is held out."""
     return HeldOut(
-        build_sources(config.held_out, "data.held_out"),
+        build_sources(config.held_out, "data.held_out", 0, config.cache, collator.processor),
         collator,
         sequence_length=sequence_length,
         micro_batch_size=micro_batch_size,

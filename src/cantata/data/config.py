@@ -16,23 +16,35 @@ TooLong = Enum("TooLong", {"drop": "drop", "raise": "raise"}, module=__name__)
 """What becomes of a sample longer than a packed row (nothing is ever truncated): left out and counted, or
 the end of the run."""
 
+WeightUnit = Enum("WeightUnit", {"samples": "samples", "tokens": "tokens"}, module=__name__)
+"""What the weights of sources are shares of."""
+
 
 @dataclass(frozen=True)
 class SourceConfig:
     """One dataset and how it is treated."""
 
     weight: float
-    """Share of the samples, relative to the other sources."""
+    """Share of what `data.weight_unit` counts, relative to the other sources."""
     on_error: OnError
     """`skip` or `raise` where a sample cannot be read."""
     too_long: TooLong
     """`drop` or `raise` where a sample is longer than `train.sequence_length`."""
+    max_skipped: float | None
+    """Share of the samples read, above 0 and at most 1, that may be left out for whatever reason; the run
+    ends where more are, counted since the run began, once 100 samples of the source were read by a stream or
+    by a rank. null: no limit."""
+    augment: dict[str, Any] | None = slot()
+    """Open slot, called with each image of a training sample (`cantata.data.augment`); null: images stay
+    as they are, and so they must in held-out data."""
     dataset: dict[str, Any] = slot()
     """Open slot: a `_target_` whose object has a length and gives examples by index."""
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ConfigError(f"weight={self.weight} of a source must be above 0")
+        if self.max_skipped is not None and not 0 < self.max_skipped <= 1:
+            raise ConfigError(f"max_skipped={self.max_skipped} of a source must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,12 @@ class DataConfig:
     window: int
     """Samples that a stream holds ready to choose from when it fills a row. A rank keeps
     `streams / ranks * window` encoded samples in memory, at 980 px about 3 MB for each image."""
+    weight_unit: WeightUnit
+    """`samples`, or `tokens`: weights are turned into shares of samples by each source's tokens a sample, as
+    `cantata.data.weights` estimates them when the run starts."""
+    cache: str | None
+    """Folder for encoded samples, so that each is read and encoded once; null: none. It may be shared and may
+    be deleted at any time. Augmented sources are not cached."""
     sources: dict[str, SourceConfig]
     """Training data by name."""
     held_out: dict[str, SourceConfig]
@@ -60,3 +78,6 @@ class DataConfig:
                 raise ConfigError(f"data.{key}={getattr(self, key)} must be at least {least}")
         if not self.sources:
             raise ConfigError("data.sources is empty: name at least one source")
+        for name, source in self.held_out.items():
+            if source.augment is not None:
+                raise ConfigError(f"data.held_out.{name}.augment must be null: held-out data stays as it is")

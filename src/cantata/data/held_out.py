@@ -1,6 +1,6 @@
-"""Every held-out sample once, packed as in training and shared by the ranks.
+"""Every held-out sample once, source by source, packed as in training and shared by the ranks.
 
-R  rows of one pass     W  data-parallel ranks
+R  rows of a source     W  data-parallel ranks
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 
 from cantata.core.errors import RunError
-from cantata.core.samples import DataError, Document, Sample
+from cantata.core.samples import DataError, Document, Example, Sample
 from cantata.core.types import Batch
 from cantata.data.collate.packed import PackedCollator, Row
 from cantata.data.packing import Packer
@@ -19,9 +19,9 @@ from cantata.data.reading import Drop, Reader, Source
 class HeldOut:
     """The evaluation batches of one rank; iterate it as often as you like.
 
-    Rank r gets rows r, r + W, ...; where rows do not go round, the last batches are filled up with empty
-    rows, so that every rank gets the same number of batches and collectives stay in step. The first pass
-    encodes everything on every rank to learn the lengths; later ones encode only the rank's own rows.
+    Of each source rank r gets rows r, r + W, ...; where rows do not go round, the last batches are filled up
+    with empty rows, so that every rank gets the same number of batches and collectives stay in step. The
+    first pass encodes everything on every rank to learn the lengths; later ones only the rank's own rows.
 
     Args:
         sources: the datasets by name.
@@ -52,12 +52,11 @@ class HeldOut:
         self._window = window
         self._rank = rank
         self._world_size = world_size
-        self._places = interleaved({name: len(source.dataset) for name, source in sources.items()})
-        self._plan: list[tuple[str, ...]] | None = None
+        self._plans: dict[str, list[tuple[str, ...]]] = {}
 
     def __len__(self) -> int:
         """Samples, the dropped ones too."""
-        return len(self._places)
+        return sum(self.sizes().values())
 
     def sizes(self) -> dict[str, int]:
         """Samples of each source, the dropped ones too."""
@@ -66,46 +65,65 @@ class HeldOut:
     def captioned(self, count: int) -> list[tuple[str, Document]]:
         """Up to `count` readable documents that hold an image and text, with their keys.
 
-        Each source is asked for `count` samples, evenly spread; a source of text alone yields none.
+        A source of text alone yields none.
         """
-        found: list[tuple[str, Document]] = []
+        found = [
+            (f"{name}:{index}", example)
+            for name, index, example in self.spread(count)
+            if isinstance(example, Document) and _has_both(example)
+        ]
+        return found[:count]
+
+    def spread(self, count: int) -> Iterator[tuple[str, int, Example]]:
+        """Source, index and example of `count` samples of each source, evenly spread, if readable."""
         for name, source in sorted(self._reader.sources.items()):
             size = len(source.dataset)
-            for index in range(0, size, max(1, size // count)):
+            asked = min(count, size)
+            for number in range(asked):
+                index = number * size // asked
                 try:
-                    example = source.dataset[index]
+                    yield name, index, source.dataset[index]
                 except DataError:
                     continue
-                if len(found) < count and isinstance(example, Document) and _has_both(example):
-                    found.append((f"{name}:{index}", example))
-        return found
 
-    def __iter__(self) -> Iterator[Batch]:
-        if self._plan is None:
-            self._plan = self._pack()
-        rounds = -(-len(self._plan) // self._world_size)
-        mine = self._plan[self._rank :: self._world_size]
+    def passes(self) -> Iterator[tuple[str, Iterator[Batch]]]:
+        """Each source's name with its batches."""
+        return ((name, self.batches(name)) for name in self._reader.sources)
+
+    def batches(self, source: str) -> Iterator[Batch]:
+        """This rank's batches of one source."""
+        if source not in self._plans:
+            self._plans[source] = self._pack(source)
+        plan = self._plans[source]
+        rounds = -(-len(plan) // self._world_size)
+        mine = plan[self._rank :: self._world_size]
         rows = iter([*mine, *[()] * (rounds - len(mine))])
         while batch := list(islice(rows, self._micro_batch_size)):
             batch += [()] * (self._micro_batch_size - len(batch))
             packed = [self._row(keys) for keys in batch]
             yield self.collator.collate(packed, self._reader.sequence_length)
 
-    def _pack(self) -> list[tuple[str, ...]]:
-        """The keys of the samples of each of the R rows."""
+    def __iter__(self) -> Iterator[Batch]:
+        for source in self._reader.sources:
+            yield from self.batches(source)
+
+    def _pack(self, source: str) -> list[tuple[str, ...]]:
+        """The keys of the samples of each of the source's R rows."""
+        size = len(self._reader.sources[source].dataset)
         packer = Packer(
-            lambda position: self._reader.read(*self._places[position]),
+            lambda index: self._reader.read(source, index),
             stream=0,
             stride=1,
             sequence_length=self._reader.sequence_length,
             window=self._window,
-            patience=len(self._places) + 1,
-            end=len(self._places),
+            patience=size + 1,
+            check=self._reader.check_skipped,
+            end=size,
         )
         plan = []
         while row := packer.next_row():
             plan.append(row.info.samples)
-        self.dropped = packer.state()["dropped"]
+        self.dropped |= packer.state()["dropped"]
         return plan
 
     def _row(self, keys: tuple[str, ...]) -> Row:
@@ -117,12 +135,6 @@ class HeldOut:
         if isinstance(sample, Drop):
             raise RunError(f"held-out sample {key} was read before and now is not: {sample.reason}")
         return sample
-
-
-def interleaved(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Every (source, index) once, the sources evenly mixed, so that short samples fill up after long ones."""
-    places = [((index + 0.5) / size, name, index) for name, size in sizes.items() for index in range(size)]
-    return [(name, index) for _, name, index in sorted(places)]
 
 
 def _has_both(document: Document) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import count, cycle
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from cantata.core.errors import CantataError, ConfigError, RunError
 from cantata.core.samples import Sample
 from cantata.core.types import Batch, RowInfo
 from cantata.data.collate.packed import PackedCollator, Row
-from cantata.data.drops import sum_drops
+from cantata.data.drops import sum_drops, sum_reads
 from cantata.data.order import BLOCK, Order
 from cantata.data.packing import Packer
 from cantata.data.reading import Drop, Reader, Source
@@ -90,9 +90,9 @@ class Streams(IterableDataset[Row | Failure]):
             self._num_streams,
             self._reader.sequence_length,
             self._window,
-            # Every source comes up within a block, and each of its samples within two epochs, even if the
-            # good ones stand first in one and last in the next.
+            # Within two epochs every sample comes, even if good ones stand first in one, last in the next.
             patience=2 * max(BLOCK, sum(self._order.sizes)),
+            check=self._reader.check_skipped,
         )
         if state is not None:
             packer.load(dict(state))
@@ -100,7 +100,7 @@ class Streams(IterableDataset[Row | Failure]):
 
     def _fetch(self, position: int) -> Sample | Drop:
         place = self._order.locate(position)
-        return self._reader.read(place.source, place.index)
+        return self._reader.read(place.source, place.index, place.epoch)
 
 
 class Loader:
@@ -159,7 +159,8 @@ class Loader:
         self._told: set[tuple[str, str]] = set()
         self._is_telling = True
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
+        """Batches without end. Close it: workers ignore signals, and a process that has one does not exit."""
         rows = self._ready_rows()
         while True:
             batch = [next(rows) for _ in range(self._micro_batch_size)]
@@ -167,6 +168,8 @@ class Loader:
                 assert row.info is not None
                 self._states[row.info.stream] = row.info.state
                 self._tell_drops(row.info)
+                if row.info.dropped:
+                    self._reader.check_skipped(self.reads(), self.dropped())
             self._rows += self._micro_batch_size * self._world_size
             yield self.collator.collate(batch, self._reader.sequence_length)
 
@@ -207,9 +210,12 @@ class Loader:
         twin = copy(self)
         twin._num_workers = 0
         twin._states = dict(self._states)
-        # What it drops will be met again, and told then.
-        twin._is_telling = False
+        twin._is_telling = False  # what it drops will be met again, and told then
         return next(iter(twin))
+
+    def reads(self) -> dict[str, int]:
+        """Samples read since the run began, the dropped ones too, by source, in this rank's streams."""
+        return sum_reads(state["read"] for state in self._states.values())
 
     def dropped(self) -> dict[str, dict[str, int]]:
         """Samples left out since the run began, by source and reason, in this rank's streams."""

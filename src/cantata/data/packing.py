@@ -5,16 +5,20 @@ L  tokens of a row (sequence_length)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from cantata.core.errors import RunError
 from cantata.core.samples import Sample
 from cantata.core.types import RowInfo
+from cantata.data.drops import Drops
 from cantata.data.reading import Drop
 
 Fetch = Callable[[int], Sample | Drop]
 """Reads the sample at a position; the same position always gives the same answer."""
+
+Check = Callable[[Mapping[str, int], Drops], None]
+"""Raises where too many of the samples read were left out (`Reader.check_skipped`)."""
 
 
 class PackedRow(NamedTuple):
@@ -29,8 +33,8 @@ class Packer:
 
     A row begins with the sample that has waited longest; then the first pending sample that still fits is
     taken and the window refilled, until none fits. The state after a row is the next position, the
-    positions of the pending samples, and how many samples were dropped so far - plain numbers, from which
-    another packer continues with the same rows, bit for bit.
+    positions of the pending samples, and how many samples were read and dropped so far - plain numbers, from
+    which another packer continues with the same rows, bit for bit.
 
     Args:
         fetch: reads a position.
@@ -38,6 +42,7 @@ class Packer:
         stride: distance between its positions.
         sequence_length: L.
         window: samples to choose from.
+        check: called with the counts at each drop.
         end: position at which the data ends, or None where it never does.
         patience: drops in a row after which the data is given up as unusable.
     """
@@ -50,6 +55,7 @@ class Packer:
         sequence_length: int,
         window: int,
         patience: int,
+        check: Check,
         end: int | None = None,
     ) -> None:
         self._fetch = fetch
@@ -58,10 +64,12 @@ class Packer:
         self._length = sequence_length
         self._window = window
         self._patience = patience
+        self._check = check
         self._end = end
         self._next = stream
         self._pending: list[tuple[int, Sample]] = []
         self._drops: list[Drop] = []
+        self._read: dict[str, int] = {}
         self._dropped: dict[str, dict[str, int]] = {}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -70,6 +78,7 @@ class Packer:
         Raises `RunError` where one of them cannot be read any more.
         """
         self._next = state["next"]
+        self._read = dict(state["read"])
         self._dropped = {source: dict(reasons) for source, reasons in state["dropped"].items()}
         self._pending = []
         for position in state["pending"]:
@@ -85,6 +94,7 @@ class Packer:
         return {
             "next": self._next,
             "pending": [position for position, _ in self._pending],
+            "read": dict(self._read),
             "dropped": {source: dict(reasons) for source, reasons in self._dropped.items()},
         }
 
@@ -113,6 +123,8 @@ class Packer:
             position = self._next
             sample = self._fetch(position)
             self._next += self._stride
+            source = sample.source if isinstance(sample, Drop) else sample.key.rpartition(":")[0]
+            self._read[source] = self._read.get(source, 0) + 1
             if isinstance(sample, Sample):
                 self._pending.append((position, sample))
                 missed = 0
@@ -120,6 +132,7 @@ class Packer:
             self._drops.append(sample)
             reasons = self._dropped.setdefault(sample.source, {})
             reasons[sample.reason] = reasons.get(sample.reason, 0) + 1
+            self._check(self._read, self._dropped)
             missed += 1
             if missed >= self._patience:
                 raise RunError(

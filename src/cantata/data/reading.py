@@ -7,10 +7,17 @@ from dataclasses import dataclass
 
 from cantata.core.errors import CantataError, RunError
 from cantata.core.samples import DataError, Example, Sample
+from cantata.data.augment import Augment, Draw, augmented
+from cantata.data.cache import SampleCache
 from cantata.data.config import OnError, TooLong
+from cantata.data.drops import Drops
 from cantata.data.sources import Dataset
 
 Encode = Callable[[Example, str], Sample]
+
+
+LEAST_READS = 100
+"""Samples of a source that must have been read before its skipped share counts."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +30,31 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Augmentation:
+    """Changes the pictures of a source's samples, in each epoch anew."""
+
+    augment: Augment
+    seed: int
+    """The run's."""
+
+    def __call__(self, example: Example, source: str, index: int, epoch: int) -> Example:
+        return augmented(example, self.augment, Draw(self.seed, source, index, epoch))
+
+
+@dataclass(frozen=True)
 class Source:
     """A dataset with what is done about samples that do not fit."""
 
     dataset: Dataset
     weight: float
+    """Share of the samples."""
     on_error: OnError
     too_long: TooLong
+    max_skipped: float | None = None
+    """Largest share that may be left out; None: any."""
+    augmentation: Augmentation | None = None
+    cache: SampleCache | None = None
+    """Unused where there is an augmentation."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +67,15 @@ class Reader:
     key: str
     """Where the sources stand in the config, for messages."""
 
-    def read(self, name: str, index: int) -> Sample | Drop:
-        """One sample. Raises `RunError`, naming it, where its source says `raise` and on any bug."""
+    def read(self, name: str, index: int, epoch: int = 0) -> Sample | Drop:
+        """One sample as it is in `epoch`, which only an augmentation tells from others.
+
+        Raises `RunError`, naming it, where its source says `raise` and on any bug.
+        """
         source = self.sources[name]
         sample_key = f"{name}:{index}"
         try:
-            sample = self.encode(source.dataset[index], sample_key)
+            sample = self._encoded(source, name, index, epoch)
         except DataError as error:
             if source.on_error is OnError.skip:
                 return Drop(name, error.reason, index)
@@ -66,3 +94,30 @@ class Reader:
                 f"train.sequence_length, or set {self.key}.{name}.too_long=drop"
             )
         return sample
+
+    def check_skipped(self, reads: Mapping[str, int], drops: Drops) -> None:
+        """Raise `RunError` where more than a source's `max_skipped` of the samples read were left out.
+
+        Args:
+            reads: samples read, the dropped ones too, by source; under `LEAST_READS` are too few to judge.
+            drops: samples left out by source and reason.
+        """
+        for name, reasons in sorted(drops.items()):
+            limit, skipped = self.sources[name].max_skipped, sum(reasons.values())
+            if limit is None or reads[name] < LEAST_READS or skipped <= limit * reads[name]:
+                continue
+            reason = min(reasons, key=lambda text: (-reasons[text], text))
+            raise RunError(
+                f"{skipped} of {reads[name]} samples of {self.key}.{name} ({skipped / reads[name]:.1%}) were "
+                f"left out, most often: {reason} ({reasons[reason]}); max_skipped={limit} allows fewer: mend "
+                f"the data, or raise {self.key}.{name}.max_skipped"
+            )
+
+    def _encoded(self, source: Source, name: str, index: int, epoch: int) -> Sample:
+        sample_key = f"{name}:{index}"
+        if source.augmentation is not None:
+            example = source.augmentation(source.dataset[index], name, index, epoch)
+            return self.encode(example, sample_key)
+        if source.cache is None:
+            return self.encode(source.dataset[index], sample_key)
+        return source.cache.sample(index, sample_key, lambda: self.encode(source.dataset[index], sample_key))
