@@ -21,11 +21,13 @@ from cantata.core.config import Composed, compose, load
 from cantata.core.errors import ConfigError
 from cantata.core.locate import configs_dir, recipes_dir
 from cantata.core.target import TARGET, find_target
-from cantata.train.stage import LanguageStage
+from cantata.train.stage import WEIGHTS_WANTED, FineTuneStage, LanguageStage
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES: dict[str, type] = {"pretrain": LanguageStage}
+STAGES: dict[str, type[LanguageStage]] = {"pretrain": LanguageStage, "sft": FineTuneStage}
 """Primary configs and their schemas."""
+FINE_TUNES = ("emoji_sft", "nlvr_mini", "aria_nlvr2", "aria_refcoco", "aria_nextqa", "aria_code")
+"""Experiments of `sft`; all others are `pretrain`'s."""
 MADE_UP = "made-up"
 """Stands in for a value that a config leaves to the user."""
 
@@ -45,16 +47,20 @@ def made_up(content: Any) -> Any:
     return MADE_UP if content == "???" else content
 
 
+def stage_of(*overrides: str) -> str:
+    return "sft" if {f"experiment={name}" for name in FINE_TUNES} & set(overrides) else "pretrain"
+
+
 @functools.cache
 def composed(*overrides: str) -> Composed:
-    return compose("pretrain", overrides)
+    return compose(stage_of(*overrides), overrides)
 
 
 @functools.cache
 def loaded(*overrides: str) -> Any:
     node, origins = composed(*overrides)
     filled = OmegaConf.create(made_up(OmegaConf.to_container(node)))
-    return load(filled, STAGES["pretrain"], origins)
+    return load(filled, STAGES[stage_of(*overrides)], origins)
 
 
 @pytest.mark.parametrize("choice", ["name=plain", *CHOICES])
@@ -90,6 +96,20 @@ def test_the_stages_of_aria_follow_the_paper() -> None:
     assert [stage.model["text"]["rope_theta"] for stage in stages] == [1e5, 1e5, 5e6]
     assert all(stage.model["text"]["moe"]["balance"]["z_loss_coef"] == 1e-5 for stage in stages)
     assert [stage.model["weights"] for stage in stages] == [None, MADE_UP, MADE_UP]
+
+
+def test_the_fine_tunes_of_aria_follow_their_authors() -> None:
+    rates = {"nlvr2": 5e-7, "refcoco": 5e-6, "nextqa": 5e-6, "code": 1e-6}
+    for name, rate in rates.items():
+        stage = loaded(f"experiment=aria_{name}")
+        optimizer, balance = stage.optimizer, stage.model["text"]["moe"]["balance"]
+        assert (optimizer["lr"], optimizer["betas"], optimizer["weight_decay"]) == (rate, [0.9, 0.95], 0.1)
+        assert (balance["aux_loss_coef"], balance["z_loss_coef"]) == (1e-4, 1e-5)
+        assert stage.train.micro_batch_size * stage.train.gradient_accumulation_steps == 16
+        assert stage.schedule["_target_"].endswith("Cosine")
+        assert stage.schedule["warmup_steps"] == max(1, round(0.01 * stage.train.max_steps))
+        assert {pattern: rule.frozen for pattern, rule in stage.parameters.items()} == {"vision.*": True}
+        assert stage.model["weights"] == WEIGHTS_WANTED
 
 
 @pytest.mark.parametrize("file", sorted(configs_dir().rglob("*.yaml")), ids=lambda file: file.stem)

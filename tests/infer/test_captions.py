@@ -51,7 +51,7 @@ def test_each_image_is_captioned_from_its_pixels_alone(tmp_path: Path) -> None:
     batches: list[Any] = []
     model.register_forward_pre_hook(lambda _, arguments: batches.append(arguments[0]))
     data = held_out(embedded_sources(Split.held_out), collator)
-    lines = Captions(data, tmp_path)(20, engine(model))
+    lines = Captions(data, tmp_path)(20, engine(model)).lines
 
     records = [
         json.loads(line) for line in (tmp_path / "samples/step-00000020.jsonl").read_text().splitlines()
@@ -80,5 +80,5 @@ def _images(documents: dict[str, Any], index: int) -> tuple[Any, ...]:
 
 def test_nothing_is_shown_or_written_where_no_image_is_held_out(tmp_path: Path) -> None:
     data = held_out({"text": source(Words("text", [5, 9]))}, PackedCollator(Letters()))
-    assert Captions(data, tmp_path)(0, engine(None)) == []
+    assert Captions(data, tmp_path)(0, engine(None)) == ({}, [])
     assert list(tmp_path.iterdir()) == []

@@ -47,6 +47,15 @@ TINY = (
 )
 """The shipped experiment, small enough for a step in milliseconds."""
 
+TINY_SFT = (
+    "experiment=emoji_sft",
+    *TINY[1:],
+    "train.max_steps=2",
+    "accuracy.samples=2",
+    "accuracy.max_new_tokens=2",
+    "checkpoint.best=null",
+)
+
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
@@ -61,26 +70,38 @@ def _signals_kept() -> Iterator[None]:
 
 def pretrain(out: Path, *overrides: str) -> int:
     """Exit code of `cantata pretrain` with the tiny model, in this process."""
+    return _run("pretrain", *TINY, f"out={out}", *overrides)
+
+
+def sft(out: Path, *overrides: str) -> int:
+    """Exit code of `cantata sft` with the tiny model on the embedded emoji, in this process."""
+    return _run("sft", *TINY_SFT, f"out={out}", *overrides)
+
+
+def _run(*arguments: str) -> int:
     argv = sys.argv
     with _signals_kept():
         try:
-            return cli.main(["pretrain", *TINY, f"out={out}", *overrides])
+            return cli.main(arguments)
         except SystemExit as end:
             return int(end.code or 0)
         finally:
             sys.argv = argv
 
 
-def command(out: Path, *overrides: str) -> list[str]:
-    """The recipe's command line without its launcher."""
-    return [str(recipes_dir() / "pretrain.py"), *TINY, f"out={out}", *overrides]
+def command(out: Path, *overrides: str, stage: str = "pretrain") -> list[str]:
+    """A recipe's command line without its launcher."""
+    tiny = {"pretrain": TINY, "sft": TINY_SFT}[stage]
+    return [str(recipes_dir() / f"{stage}.py"), *tiny, f"out={out}", *overrides]
 
 
-def start(launcher: Sequence[str], out: Path, *overrides: str) -> subprocess.Popen[str]:
-    """Start the recipe with one thread a process."""
+def start(
+    launcher: Sequence[str], out: Path, *overrides: str, stage: str = "pretrain"
+) -> subprocess.Popen[str]:
+    """Start a recipe with one thread a process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HYDRA_FULL_ERROR": "0"}
     return subprocess.Popen(
-        [sys.executable, *launcher, *command(out, *overrides)],
+        [sys.executable, *launcher, *command(out, *overrides, stage=stage)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

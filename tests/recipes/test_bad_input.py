@@ -76,7 +76,8 @@ def own_data(path: str, on_error: str = "skip", too_long: str = "drop") -> list[
     dataset = (
         f"{{_target_: cantata.data.sources.ImageTextFile, path: {path}, split: all, held_out_share: 0.0}}"
     )
-    source = f"{{weight: 1.0, on_error: {on_error}, too_long: {too_long}, dataset: {dataset}}}"
+    policy = f"on_error: {on_error}, too_long: {too_long}, max_skipped: null, augment: null"
+    source = f"{{weight: 1.0, {policy}, dataset: {dataset}}}"
     return ["~data.sources.emoji", "~data.sources.plays", f"+data.sources.own={source}", "data.streams=1"]
 
 

@@ -43,7 +43,7 @@ def engine(value: float, **shapes: tuple[int, ...]) -> Any:
 
 
 def config(**changes: Any) -> CheckpointConfig:
-    settings: dict[str, Any] = {"every": 1, "keep": 2, "background": False, "resume": "auto"}
+    settings: dict[str, Any] = {"every": 1, "keep": 2, "background": False, "resume": "auto", "best": None}
     return CheckpointConfig(**(settings | changes))
 
 

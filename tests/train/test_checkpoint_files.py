@@ -38,6 +38,28 @@ def test_keeping_removes_the_oldest(tmp_path: Path) -> None:
     ]
 
 
+def test_the_best_one_is_named_and_never_thinned_out(tmp_path: Path) -> None:
+    files = CheckpointFiles(tmp_path)
+    assert files.best() is None
+    for step in (1, 2, 3, 4, 5):
+        write(files, step)
+        files.publish(step, {"step": step}, keep=2, best=step in (1, 3))
+    names = [path.name for path in files.complete()]
+    assert names == ["step-00000003", "step-00000004", "step-00000005"], "step 1 was the best until 3 came"
+    assert (tmp_path / "BEST").read_text() == "step-00000003\n"
+    assert (tmp_path / "LATEST").read_text() == "step-00000005\n"
+
+
+def test_naming_the_best_again_needs_it_to_be_there(tmp_path: Path) -> None:
+    files = CheckpointFiles(tmp_path)
+    write(files, 1)
+    files.publish(1, {"step": 1}, keep=2)
+    assert not files.name_best(2)
+    assert files.best() is None
+    assert files.name_best(1)
+    assert files.best() == "step-00000001"
+
+
 def test_publishing_twice_is_refused_and_leaves_the_first(tmp_path: Path) -> None:
     files = CheckpointFiles(tmp_path)
     for attempt in ("first", "second"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cantata.core.errors import RunError
+from cantata.core.errors import ConfigError, RunError
 from cantata.core.types import IMAGE, TEXT, Batch, StepTotals
 from cantata.train.engine import Loss
 from cantata.train.evaluate import Evaluation, evaluate
@@ -27,13 +27,25 @@ def engine(model: nn.Module) -> Any:
 
 @pytest.mark.parametrize("batches", [[[LONG, SHORT]], [[LONG], [SHORT]], [[SHORT], [], [LONG]]])
 def test_every_target_weighs_the_same_however_batches_are_cut(batches: list[Any]) -> None:
-    record = evaluate(engine(StandIn()), NextToken(None), [pack(samples, 2) for samples in batches])
+    passes = [("a", [pack(samples, 2) for samples in batches])]
+    record = evaluate(engine(StandIn()), NextToken(None), passes)
     assert record == {
         "eval/loss": pytest.approx(1.5 * (1 + 4 + 1 + 5 + 9 + 6) / 6),
         "eval/loss/text": pytest.approx(1.5 * 20 / 5),
         "eval/loss/image": pytest.approx(1.5 * 6),
         "eval/target_tokens": 6,
+        "eval/loss/a": record["eval/loss"],
     }
+
+
+def test_each_source_has_a_loss_of_its_own() -> None:
+    passes = [("text", [pack([LONG])]), ("drawings", [pack([SHORT]), pack([])]), ("dropped", [])]
+    record = evaluate(engine(StandIn()), NextToken(None), passes)
+    # A source that is named as a modality leaves the modality its key.
+    assert record["eval/loss/source/text"] == record["eval/loss/text"] == pytest.approx(1.5 * 20 / 5)
+    assert record["eval/loss/drawings"] == pytest.approx(1.5 * 6)
+    assert record["eval/loss"] == pytest.approx(1.5 * 26 / 6)
+    assert "eval/loss/dropped" not in record
 
 
 def test_the_model_evaluates_without_gradients_and_trains_on_afterwards() -> None:
@@ -45,25 +57,26 @@ def test_the_model_evaluates_without_gradients_and_trains_on_afterwards() -> Non
             assert not torch.is_grad_enabled()
             return super().__call__(model, batch, totals)
 
-    evaluate(engine(model), Watch(None), [pack([LONG])])
+    evaluate(engine(model), Watch(None), [("a", [pack([LONG])])])
     assert model.training
     assert model.weight.grad is None
 
 
 def test_nothing_left_to_evaluate_is_an_error_that_names_the_keys() -> None:
     with pytest.raises(RunError, match=r"every held-out sample was left out .*train\.eval_every=0"):
-        evaluate(engine(StandIn()), NextToken(None), [])
+        evaluate(engine(StandIn()), NextToken(None), [("a", [])])
 
 
 class Run:
     """Evaluations whose loss is their number, and what was told of them."""
 
-    def __init__(self, every: int, max_steps: int) -> None:
+    def __init__(self, every: int, max_steps: int, wanted: dict[str, str] | None = None) -> None:
         self.told: list[int] = []
-        self.evaluation = Evaluation(self._run, lambda step, _: self.told.append(step), every, max_steps)
+        self.evaluation = Evaluation(self._run, every, max_steps, wanted or {})
 
-    def _run(self) -> Record:
-        return {"eval/loss": float(len(self.told)), "eval/loss/text": 0.5}
+    def _run(self, step: int) -> Record:
+        self.told.append(step)
+        return {"eval/loss": float(len(self.told) - 1), "eval/loss/text": 0.5}
 
     def line(self, step: int) -> Record:
         finished = result(step)
@@ -97,6 +110,15 @@ def test_a_run_that_never_evaluates_does_not_before_the_first_step_either() -> N
     assert run.told == []
     assert run.line(1) == {}
     assert run.evaluation.first_loss is None
+
+
+def test_a_metric_that_the_run_goes_by_must_be_there() -> None:
+    Run(2, 4, {"checkpoint.best.metric": "eval/loss/text"}).evaluation.before_first_step()
+    run = Run(2, 4, {"checkpoint.best.metric": "eval/los"})
+    with pytest.raises(
+        ConfigError, match=r"checkpoint\.best\.metric=eval/los is no value .* nearest: eval/loss"
+    ):
+        run.evaluation.before_first_step()
 
 
 def test_a_resumed_run_does_not_know_how_it_began() -> None:

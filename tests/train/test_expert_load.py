@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from cantata.core.types import TokenGroups
+from cantata.nn.moe.dispatch import Dispatched, Order
 from cantata.nn.moe.experts import Experts
 from cantata.train.expert_load import LoadWarning, PeakRows, row_values
 from tests.models.aria.small import small_aria, small_layout
@@ -46,20 +47,23 @@ def test_only_training_is_watched_and_the_largest_micro_batch_counts() -> None:
 
 @pytest.mark.parametrize("rows", [16, 64])
 def test_a_row_weighs_what_autograd_keeps_of_it(rows: int) -> None:
-    """Every tensor that forward keeps and that grows with the rows, each storage once."""
+    """Every value that forward keeps and that grows with the rows, each storage once."""
     layer = small_aria(small_layout()).moe_layers()[0]
     experts: Experts = layer.experts
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.shape and tensor.shape[0] == rows:
+        if tensor.is_floating_point() and tensor.shape and tensor.shape[0] == rows:
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     x_RD = torch.randn(rows, 32, requires_grad=True)
+    index_R = torch.arange(rows)
+    counts_E = torch.tensor([rows // 2, 0, rows // 2, 0])
+    arrived = Dispatched(x_RD, None, counts_E, Order(index_R, index_R[:, None], index_R), None)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = experts(x_RD, torch.tensor([rows // 2, 0, rows // 2, 0]))
+        output = experts(arrived)
     assert sum(kept.values()) == rows * row_values(layer) * 4
     del output
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cantata.core.errors import RunError
 from cantata.train.expert_counts import ExpertCounts, ExpertInterval
 from cantata.train.expert_report import ExpertFolder, ExpertReport, dead_experts
 from cantata.train.loop import StepResult
@@ -70,6 +71,12 @@ def test_only_a_run_from_scratch_clears_the_pictures(tmp_path: Path) -> None:
     assert (tmp_path / "text.png").exists()
     folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["counts.npy"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "experts").write_text("a file")
+    with pytest.raises(RunError, match="experts: cannot keep expert counts: File exists"):
+        folder(tmp_path / "experts")
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path: Path) -> None:

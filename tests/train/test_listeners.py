@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cantata.core.errors import ConfigError
+from cantata.train.best import Best, BestConfig, Mode
 from cantata.train.expert_counts import ExpertInterval
 from cantata.train.listeners import ExpertBias, Saving, Telemetry
 from cantata.train.loop import Progress
@@ -85,6 +86,9 @@ def test_routers_without_a_bias_are_left_alone() -> None:
         ExpertBias(model.moe_layers(), balance_of).after_step(replace(result(1), sums={}))
 
 
+BEST = BestConfig("eval/loss", Mode.min)
+
+
 class Loader:
     def __init__(self) -> None:
         self.state: dict[str, Any] = {"rows": 0, "order": {"seed": 7}, "streams": {}}
@@ -103,6 +107,7 @@ class Checkpointer:
         self.every = every
         self.in_background = in_background
         self.documents: dict[int, dict[str, Any]] = {}
+        self.best: int | None = None
         self.is_saved = True
 
     def path(self, step: int) -> Path:
@@ -111,11 +116,15 @@ class Checkpointer:
     def resume_from(self) -> Path | None:
         return self.path(max(self.documents)) if self.documents else None
 
-    def save(self, step: int, engine: Any, loader_state: Any, extra: Any) -> bool:
+    def keep_best(self, step: int) -> bool:
+        return step in self.documents
+
+    def save(self, step: int, engine: Any, loader_state: Any, extra: Any, *, best: bool = False) -> bool:
         self.wait()
         if step in self.documents:
             return False
         self.documents[step] = {"loader": loader_state, "extra": extra}
+        self.best = step if best else self.best
         self.is_saved = not self.in_background
         return True
 
@@ -135,11 +144,12 @@ def saving(
     window: Window | None = None,
     interval: ExpertInterval | None = None,
     max_steps: int = 5,
+    best: BestConfig | None = None,
 ) -> tuple[Saving, Console]:
     console = Console()
     kept = {"window": window or Window(CPU), "experts": interval or ExpertInterval()}
     parts: tuple[Any, ...] = (checkpointer, None, loader or Loader(), kept, console)
-    return Saving(*parts, max_steps), console
+    return Saving(*parts, max_steps, Best(best)), console
 
 
 @pytest.mark.parametrize(("every", "expected"), [(2, [2, 4, 5]), (5, [5]), (0, [5])])
@@ -168,6 +178,27 @@ def test_a_save_in_the_background_is_told_when_it_is_there() -> None:
     assert console.saved == [2, 4, 6]
 
 
+def test_the_best_evaluation_is_saved_whatever_the_step() -> None:
+    checkpointer = Checkpointer(every=4)
+    listener, _ = saving(checkpointer, max_steps=9, best=BEST)
+    for step, loss in {1: None, 2: 3.0, 3: 3.5, 4: 3.2, 5: 2.0, 6: 2.5}.items():
+        extra = {} if loss is None else {"eval/loss": loss}
+        listener.after_step(replace(result(step), extra=extra))
+    assert list(checkpointer.documents) == [2, 4, 5]
+    assert checkpointer.best == 5
+
+    resumed, _ = saving(checkpointer, max_steps=9, best=BEST)
+    assert resumed.resume().step == 5
+    resumed.after_step(replace(result(6), extra={"eval/loss": 2.0}))
+    assert list(checkpointer.documents) == [2, 4, 5], "not better than before the resume"
+    # Where the best one has gone, the next evaluation is the best there is.
+    checkpointer.keep_best = lambda step: False  # type: ignore[method-assign]
+    resumed, _ = saving(checkpointer, max_steps=9, best=BEST)
+    resumed.resume()
+    resumed.after_step(replace(result(7), extra={"eval/loss": 9.0}))
+    assert checkpointer.best == 7
+
+
 def test_a_resumed_run_stands_where_the_saved_one_stood() -> None:
     checkpointer, loader, window = Checkpointer(), Loader(), Window(CPU)
     loader.state = {"rows": 12, "order": {"seed": 7}, "streams": {"0": {"position": 3}}}
@@ -190,7 +221,9 @@ def test_a_checkpoint_without_what_is_kept_is_refused() -> None:
     checkpointer = Checkpointer()
     saving(checkpointer)[0].save(Progress(step=3))
     del checkpointer.documents[3]["extra"]["experts"]
-    with pytest.raises(ConfigError, match="step-3 was saved by another version: it lacks experts"):
+    with pytest.raises(
+        ConfigError, match="step-3 was saved by another version: it lacks experts; go on with"
+    ):
         saving(checkpointer)[0].resume()
 
 

@@ -28,6 +28,8 @@ CONFIG = TrainConfig(
     eval_every=0,
     expert_every=0,
     expert_load_warning=None,
+    early_stopping=None,
+    neftune_alpha=0.0,
     recompute=Recompute.none,
     compile=False,
 )
@@ -99,7 +101,7 @@ def run(
     engine: FakeEngine, config: TrainConfig = CONFIG, start: Progress | None = None, **settings: Any
 ) -> Any:
     recorder = Recorder()
-    stop = settings.pop("stop", SimpleNamespace(received=False))
+    stop = settings.pop("stop", SimpleNamespace(received=False, enough=False))
     end = fit(
         engine,  # type: ignore[arg-type]
         FakeObjective(engine.loss),
@@ -160,9 +162,22 @@ def test_a_step_without_targets_is_an_error_that_names_the_batch() -> None:
     assert engine.calls == []
 
 
+def test_enough_is_enough_after_the_step_that_says_so() -> None:
+    engine = FakeEngine()
+    stop = SimpleNamespace(received=False, enough=False)
+
+    class Enough:
+        def after_step(self, result: StepResult) -> None:
+            stop.enough = True
+
+    end, results = run(engine, stop=stop, listeners=[Enough()])
+    assert (end.step, len(results)) == (1, 1)
+    assert run(engine, stop=stop, start=end) == (end, [])
+
+
 def test_a_stop_request_ends_after_the_step_that_sees_it() -> None:
     engine = FakeEngine()
-    stop = SimpleNamespace(received=False)
+    stop = SimpleNamespace(received=False, enough=False)
 
     class Interrupt:
         def after_step(self, result: StepResult) -> None:

@@ -14,7 +14,14 @@ from cantata.models.aria import Aria
 from cantata.models.hub import HubReader, save_to_hub
 from cantata.models.protocol import LanguageModel
 from cantata.parallel.materialize import RandomInit
-from cantata.train.stage import LanguageStage, build_data, build_model, initial_values
+from cantata.train.stage import (
+    FineTuneStage,
+    LanguageStage,
+    build_data,
+    build_model,
+    initial_values,
+    require_weights,
+)
 
 TINY = (
     *("data.num_workers=0", "model.text.vocab_size=6144", "model.text.moe.num_experts=4"),
@@ -78,3 +85,34 @@ def test_each_rank_reads_batches_of_the_shape_in_the_config(monkeypatch: pytest.
     names = [{name for row in batch.rows for name in row.samples} for batch in batches]
     assert names[0]
     assert not names[0] & names[1]
+
+
+def fine_tune(*overrides: str) -> FineTuneStage:
+    node, origins = compose("sft", (*TINY, *overrides))
+    return load(node, FineTuneStage, origins)
+
+
+def test_fine_tuning_asks_for_weights_unless_null_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"model\.weights must be given.*null starts from random values"):
+        require_weights(fine_tune())
+    require_weights(fine_tune("model.weights=null"))
+    require_weights(fine_tune("model.weights=DIR"))
+
+
+def test_goals_are_named_by_their_keys_and_need_evaluations() -> None:
+    best = "checkpoint.best={metric: eval/accuracy, mode: max}"
+    stop = "train.early_stopping={metric: eval/loss, mode: min, patience: 2, min_delta: 0.0}"
+    assert stage().goals() == {}
+    assert stage(best, stop).goals() == {
+        "checkpoint.best.metric": "eval/accuracy",
+        "train.early_stopping.metric": "eval/loss",
+    }
+    for key, override in (("checkpoint.best", best), ("train.early_stopping", stop)):
+        with pytest.raises(ConfigError, match=rf"{key}\.metric needs evaluations"):
+            stage(override, "train.eval_every=0")
+
+
+def test_choices_belong_to_held_out_sources() -> None:
+    assert fine_tune("+accuracy.choices={emoji: [Flags, Objects]}").accuracy.choices["emoji"][0] == "Flags"
+    with pytest.raises(ConfigError, match=r"accuracy\.choices\.emojis is no source .* nearest: emoji"):
+        fine_tune("+accuracy.choices={emojis: [Flags, Objects]}")

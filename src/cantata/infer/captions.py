@@ -10,6 +10,7 @@ from cantata.core.samples import Document, Sample
 from cantata.data.held_out import HeldOut
 from cantata.infer.generate import generate
 from cantata.train.engine import Engine
+from cantata.train.evaluate import Shown
 
 COUNT = 8
 MAX_NEW_TOKENS = 24
@@ -32,10 +33,10 @@ class Captions:
         images = tuple(part for part in document.parts if not isinstance(part, str))
         return self._collator.processor.encode_prompt(Document(images), key)
 
-    def __call__(self, step: int, engine: Engine) -> list[str]:
+    def __call__(self, step: int, engine: Engine) -> Shown:
         """Generate, write `step-<step>.jsonl`, and return a line for each image."""
         if not self._samples:
-            return []
+            return Shown({}, [])
         processor = self._collator.processor
         answers = generate(
             engine.model,
@@ -59,4 +60,4 @@ class Captions:
             folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             (folder / f"step-{step:08d}.jsonl").write_text(lines, encoding="utf-8")
-        return [f"  {record['truth']}: {record['caption']}" for record in records]
+        return Shown({}, [f"  {record['truth']}: {record['caption']}" for record in records])

@@ -5,6 +5,7 @@ checkpoints/step-00000100/               afterwards: the rename is the moment it
     .metadata, __0_0.distcp, ...         tensors (torch.distributed.checkpoint)
     state.json                           everything else
 LATEST                                   name of the newest one, for people and scripts
+BEST                                     name of the one that `checkpoint.best` asks for
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from cantata.core.errors import CantataError, ConfigError, RunError
 from cantata.parallel.materialize import persistent_tensors
 from cantata.train import rng
+from cantata.train.best import BestConfig
 from cantata.train.checkpoint_files import CheckpointFiles, is_complete, read_state
 from cantata.train.checkpoint_tensors import differences, reason
 from cantata.train.engine import Engine
@@ -53,6 +55,8 @@ class CheckpointConfig:
     resume: str
     """`auto`: the newest complete one of this run directory, if any. A checkpoint's path: where a new run
     directory starts from; once it has checkpoints of its own, those. `never`: refuse a directory with any."""
+    best: BestConfig | None
+    """Save at each evaluation that is the best so far, name it in `BEST` and keep it; null: none is."""
 
     def __post_init__(self) -> None:
         if self.every < 0:
@@ -127,16 +131,26 @@ class Checkpointer:
             return newest
         return Path(self._config.resume)
 
+    def keep_best(self, step: int) -> bool:
+        """Name that of `step` in `BEST`; False where it is not in this directory."""
+        return self._on_main(lambda: self._files.name_best(step))
+
     def save(
-        self, step: int, engine: Engine, loader_state: Mapping[str, Any], extra: Mapping[str, Any]
+        self,
+        step: int,
+        engine: Engine,
+        loader_state: Mapping[str, Any],
+        extra: Mapping[str, Any],
+        *,
+        best: bool = False,
     ) -> bool:
         """Write step `step`; in background mode return once the tensors are copied to host memory.
 
-        Saving the step that was just saved or loaded does nothing and returns False.
-
+        Saving the step just saved or loaded does nothing and returns False.
         Args:
             loader_state: JSON values by logical stream; every rank gives its own streams.
             extra: JSON values, the same on every rank (rank 0's are kept).
+            best: name it in `BEST` once it is complete.
 
         Raises:
             RunError: this save failed, or the background save before it did.
@@ -155,9 +169,9 @@ class Checkpointer:
             "extra": dict(extra),
         }
         if self._config.background:
-            self._pending = self._writer.submit(self._write, step, _copy_to_host(tensors), document)
+            self._pending = self._writer.submit(self._write, step, _copy_to_host(tensors), document, best)
         else:
-            self._write(step, tensors, document)
+            self._write(step, tensors, document, best)
         self._last_step = step
         return True
 
@@ -225,7 +239,7 @@ class Checkpointer:
         if newest is None and not is_complete(path):
             raise ConfigError(f"checkpoint.resume={resume} is not a complete checkpoint")
 
-    def _write(self, step: int, tensors: dict[str, Any], document: dict[str, Any]) -> None:
+    def _write(self, step: int, tensors: dict[str, Any], document: dict[str, Any], best: bool) -> None:
         folder = self._files.incomplete(step)
         failure: str | None = None
         try:
@@ -237,7 +251,7 @@ class Checkpointer:
 
         def publish() -> None:
             if failure is None:
-                self._files.publish(step, document, self._config.keep)
+                self._files.publish(step, document, self._config.keep, best=best)
             else:
                 self._files.discard(step, failure)
 

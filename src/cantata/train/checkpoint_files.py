@@ -14,6 +14,7 @@ from cantata.core.errors import ConfigError, RunError
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _SUFFIX = ".incomplete"
+LATEST, BEST = "LATEST", "BEST"
 
 
 def is_complete(path: Path) -> bool:
@@ -73,8 +74,22 @@ class CheckpointFiles:
         for path in self._root.glob(f"*{_SUFFIX}"):
             shutil.rmtree(path)
 
-    def publish(self, step: int, state: Mapping[str, Any], keep: int) -> None:
-        """Turn the written directory into a checkpoint, durably, then remove all but the `keep` newest.
+    def best(self) -> str | None:
+        """The name that `BEST` holds."""
+        path = self.run_dir / BEST
+        return path.read_text().strip() if path.is_file() else None
+
+    def name_best(self, step: int) -> bool:
+        """Write the name of a complete checkpoint into `BEST`; False where there is no such one."""
+        path = self.published(step)
+        if is_complete(path):
+            self._name(BEST, path)
+        return is_complete(path)
+
+    def publish(self, step: int, state: Mapping[str, Any], keep: int, *, best: bool = False) -> None:
+        """Turn the written directory into a checkpoint, durably, then remove old ones.
+
+        The `keep` newest stay, and the one named in `BEST`: this one where `best`.
 
         Raises:
             RunError: it could not be completed, or a checkpoint of this step is there already.
@@ -88,16 +103,25 @@ class CheckpointFiles:
             _sync(written)
             written.rename(final)
             _sync(self._root)
-            _write_durably(self.run_dir / "LATEST.new", final.name + "\n")
-            (self.run_dir / "LATEST.new").replace(self.run_dir / "LATEST")
-            _sync(self.run_dir)
+            self._name(LATEST, final)
+            if best:
+                self._name(BEST, final)
         except OSError as error:
             self.discard(step, error.strerror or str(error))
+        best_name = self.best()
         for path in self.complete()[:-keep]:
+            if path.name == best_name:
+                continue
             # Half-removed must not look complete.
             doomed = path.with_name(path.name + _SUFFIX)
             path.rename(doomed)
             shutil.rmtree(doomed)
+
+    def _name(self, file: str, checkpoint: Path) -> None:
+        beside = self.run_dir / f"{file}.new"
+        _write_durably(beside, checkpoint.name + "\n")
+        beside.replace(self.run_dir / file)
+        _sync(self.run_dir)
 
     def discard(self, step: int, reason: str) -> NoReturn:
         """Remove what was written of a failed save; always raises `RunError`."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cantata.core.errors import ConfigError
 from cantata.parallel.recompute import Recompute
+from cantata.train.early_stopping import EarlyStoppingConfig
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,18 @@ class TrainConfig:
     expert_load_warning: float | None
     """Warn when a rank receives this many times its even share of rows, where `mesh.ep` ranks share the
     experts and rows are memory; null: never."""
+    early_stopping: EarlyStoppingConfig | None
+    """When to end before `max_steps`; null: never."""
+    neftune_alpha: float
+    """Noise on the token embeddings in training (NEFTune, arXiv:2310.05914); 5 to 15 are usual, 0: none."""
     recompute: Recompute
     """Activations that backward computes again: `none`, `selective` (keeps matrix products) or `full`."""
     compile: bool
     """Compile each block with `torch.compile`."""
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        return self.micro_batch_size * self.sequence_length
 
     def __post_init__(self) -> None:
         for key in (
@@ -54,6 +63,8 @@ class TrainConfig:
                 f"train.expert_load_warning={self.expert_load_warning} must be above 1 (the even share), "
                 "or null for no warning"
             )
+        if not 0 <= self.neftune_alpha < float("inf"):
+            raise ConfigError(f"train.neftune_alpha={self.neftune_alpha} must be a number, at least 0")
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
             raise ConfigError(
                 f"train.clip_grad_norm={self.clip_grad_norm} must be above 0, or null for no clipping"

@@ -157,15 +157,15 @@ def origin(stage: LanguageStage, start_step: int) -> str:
 
 def summary(
     stage: LanguageStage,
-    finished: bool,
+    outcome: str,
     step: int,
     seconds: float,
     telemetry: Telemetry,
     evaluation: Evaluation,
 ) -> Summary:
-    """How the run ended."""
+    """How the run ended: `outcome`, and the losses."""
     return Summary(
-        outcome="done" if finished else "stopped by a signal; run the same command again to go on",
+        outcome=outcome,
         step=step,
         seconds=seconds,
         out=stage.out,

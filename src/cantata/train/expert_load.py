@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from cantata.nn.moe.dispatch import Dispatched
 from cantata.nn.moe.layer import MoELayer
 from cantata.train import humane
 from cantata.train.loop import StepResult
@@ -45,11 +46,11 @@ class PeakRows:
 
     def _watch(self, index: int, values: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def look(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+        def look(module: nn.Module, inputs: tuple[Dispatched]) -> None:
             if torch.is_grad_enabled():
-                x_RD = inputs[0]
-                self._rows_L[index] = max(self._rows_L[index], x_RD.shape[0])
-                self.row_bytes_L[index] = values * x_RD.element_size()
+                [arrived] = inputs
+                self._rows_L[index] = max(self._rows_L[index], len(arrived.order.token_R))
+                self.row_bytes_L[index] = values * arrived.x_ND.element_size()
 
         hook: Callable[[nn.Module, tuple[Any, ...]], None] = look
         return hook

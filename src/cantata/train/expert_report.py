@@ -37,10 +37,13 @@ class ExpertFolder:
         self._path = path
         self._top_k = top_k
         self._name = name
-        path.mkdir(exist_ok=True)
-        if resume_step is None:
-            for modality in MODALITIES:
-                self._picture(modality).unlink(missing_ok=True)
+        try:
+            path.mkdir(exist_ok=True)
+            if resume_step is None:
+                for modality in MODALITIES:
+                    self._picture(modality).unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"{error.filename}: cannot keep expert counts: {error.strerror}") from error
         self._file = CountsFile(path / "counts.npy", shape, resume_step)
 
     def write(self, counts: ExpertCounts) -> None:

@@ -10,6 +10,7 @@ from cantata.core.errors import ConfigError
 from cantata.data.loader import Loader
 from cantata.nn.moe.balance import BalanceConfig, update_expert_bias
 from cantata.nn.moe.layer import MoELayer
+from cantata.train.best import Best
 from cantata.train.checkpoint import Checkpointer
 from cantata.train.engine import Engine
 from cantata.train.loggers import Sinks
@@ -73,12 +74,13 @@ class Kept(Protocol):
 
 
 class Saving:
-    """Saves every `checkpoint.every` steps and after the last one.
+    """Saves every `checkpoint.every` steps, after the last one, and where an evaluation is the best so far.
 
     It is the last listener: what others write of a step must be written before its checkpoint.
 
     Args:
         kept: what travels in a checkpoint besides model, optimizer, loader and progress, by its name there.
+        best: which evaluation is the best so far; it is kept as `best`.
     """
 
     def __init__(
@@ -89,11 +91,13 @@ class Saving:
         kept: Mapping[str, Kept],
         console: Console,
         max_steps: int,
+        best: Best,
     ) -> None:
         self._checkpointer = checkpointer
         self._engine = engine
         self._loader = loader
-        self._kept = kept
+        self._kept = {**kept, "best": best}
+        self._best = best
         self._console = console
         self._max_steps = max_steps
         self._untold: int | None = None
@@ -111,26 +115,33 @@ class Saving:
         self._loader.load_state_dict({**extra["loader"], "streams": document["loader"]})
         lacking = sorted(self._kept.keys() - extra.keys())
         if lacking:
-            raise ConfigError(f"{path} was saved by another version: it lacks {', '.join(lacking)}")
+            raise ConfigError(
+                f"{path} was saved by another version: it lacks {', '.join(lacking)}; go on with that "
+                "version, or start anew with another out="
+            )
         for name, part in self._kept.items():
             part.load_state_dict(extra[name])
+        # One that was removed by hand, or lies in another run's directory, is not here to be named.
+        if self._best.step is not None and not self._checkpointer.keep_best(self._best.step):
+            self._best.forget()
         return Progress(**extra["progress"])
 
     def after_step(self, result: StepResult) -> None:
         self._checkpointer.raise_if_failed()
         self._tell()
         step, every = result.progress.step, self._checkpointer.every
-        if step == self._max_steps or (every and step % every == 0):
-            self.save(result.progress)
+        best = self._best.update(step, result.extra)
+        if best or step == self._max_steps or (every and step % every == 0):
+            self.save(result.progress, best=best)
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, *, best: bool = False) -> None:
         """Save now, unless this step is saved already; the save before it must have ended well."""
         self.finish()
         state = self._loader.state_dict()
         streams = state.pop("streams")
         extra = {"progress": asdict(progress), "loader": state}
         extra |= {name: part.state_dict() for name, part in self._kept.items()}
-        if self._checkpointer.save(progress.step, self._engine, streams, extra):
+        if self._checkpointer.save(progress.step, self._engine, streams, extra, best=best):
             self._untold = progress.step
         self._tell()
 

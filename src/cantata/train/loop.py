@@ -73,12 +73,12 @@ def fit(
     start: Progress,
     stop: StopRequest,
 ) -> Progress:
-    """Train from `start` to `config.max_steps`, or until a signal asks to stop.
+    """Train from `start` to `config.max_steps`, until a signal asks to stop or a listener calls it enough.
 
     Returns the progress made; it falls short of `max_steps` only if a stop was requested.
     """
     progress = start
-    while progress.step < config.max_steps:
+    while progress.step < config.max_steps and not stop.enough:
         started = time.perf_counter()
         micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
         data_seconds = time.perf_counter() - started

@@ -7,10 +7,13 @@ from types import FrameType
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGUSR1 into a flag that the loop reads between steps."""
+    """Reasons to stop that the loop reads between steps; SIGTERM and SIGUSR1 become one."""
 
     def __init__(self) -> None:
         self.received = False
+        """A signal came, on this rank."""
+        self.enough = False
+        """Nothing is left to gain; set on every rank after the same step."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 

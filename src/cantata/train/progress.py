@@ -111,11 +111,11 @@ class Console:
         _log(logging.INFO, line)
 
     def on_eval(self, step: int, record: Record) -> None:
-        """Show the losses of a held-out pass."""
+        """Show the losses of a held-out pass, and how many answers were right."""
         values = [
             f"{name.removeprefix('eval/')} {humane.value(value, '.4f')}"
             for name, value in record.items()
-            if name.startswith("eval/loss")
+            if name.startswith(("eval/loss", "eval/accuracy", "eval/majority"))
         ]
         self._note(f"step {step}: held out  {'  '.join(values)}", "cyan")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,9 +20,11 @@ from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
 from cantata.models.protocol import LanguageModel
 from cantata.train import describe, rng, startup
+from cantata.train.best import Best
 from cantata.train.checkpoint import Checkpointer, fingerprint
+from cantata.train.early_stopping import EarlyStopping
 from cantata.train.engine import Engine, Objective
-from cantata.train.evaluate import Evaluation, evaluate
+from cantata.train.evaluate import Evaluation, Probe, evaluate
 from cantata.train.expert_counts import ExpertInterval
 from cantata.train.expert_load import LoadWarning, PeakRows
 from cantata.train.expert_report import ExpertFolder, ExpertReport
@@ -29,14 +32,13 @@ from cantata.train.listeners import ExpertBias, Kept, Saving, Telemetry
 from cantata.train.loggers import Sinks, open_sinks
 from cantata.train.loop import Listener, fit
 from cantata.train.metrics import Record
+from cantata.train.neftune import add_noise
 from cantata.train.optim import optimizer_defaults
 from cantata.train.preempt import StopRequest
 from cantata.train.progress import Console
 from cantata.train.stage import LanguageStage, build_engine
+from cantata.train.startup import StartupReport
 from cantata.train.window import Device, Window
-
-ShowModel = Callable[[int, Engine], list[str]]
-"""Lines that show what the model does (captions, say); a collective, called after each evaluation."""
 
 
 def run_session(
@@ -47,7 +49,7 @@ def run_session(
     loader: Loader,
     held_out: HeldOut,
     resolved: Mapping[str, Any],
-    show_model: ShowModel,
+    probe: Probe,
 ) -> int:
     """Train from where the run directory stands to the end, or until a signal; returns the exit code.
 
@@ -55,27 +57,29 @@ def run_session(
         kind: the stage's name, for the report.
         model: on the meta device.
         resolved: the whole configuration as plain values, for the loggers that keep it.
+        probe: looks at what the model does, after each pass over the held-out samples.
 
     Raises:
         ConfigError: an option that the engine lacks, a directory in use, or a checkpoint of another model.
         RunError: the run cannot go on.
     """
     assert isinstance(model, LanguageModel)
-    began = time.monotonic()
-    stop = StopRequest()
+    began, stop = time.monotonic(), StopRequest()
     rng.seed_all(stage.seed, dist.rank())
     shape, needs, peaks = fingerprint(model), describe.needs(stage, model, loader), _peaks(stage, model)
+    add_noise(model, stage.train.neftune_alpha)
     engine = build_engine(stage, model)
-    with ExitStack() as closing:
+    with ExitStack() as closing, contextlib.closing(iter(loader)) as batches:
         checkpointer = Checkpointer(stage.out, stage.checkpoint, shape)
         closing.callback(checkpointer.close)
         closing.enter_context(logging_to(stage.out))
         console = Console(dist.rank())
         closing.callback(console.close)
         window = Window(Device(dist.device(), dist.world_size(), model.flops_per_token))
-        interval = ExpertInterval()
-        kept: dict[str, Kept] = {"window": window, "experts": interval}
-        saving = Saving(checkpointer, engine, loader, kept, console, stage.train.max_steps)
+        interval, early = ExpertInterval(), EarlyStopping(stage.train.early_stopping, stop)
+        best = Best(stage.checkpoint.best)
+        kept: dict[str, Kept] = {"window": window, "experts": interval, "early_stopping": early}
+        saving = Saving(checkpointer, engine, loader, kept, console, stage.train.max_steps, best)
         start = saving.resume()
         save_config(resolved, stage.out / "config.yaml")
         sinks = open_sinks(stage.logger, stage.out, stage.name, resolved, start.step or None, dist.rank())
@@ -83,22 +87,36 @@ def run_session(
         report = describe.report(
             stage, kind, model, engine, needs, loader, held_out, start.step, sinks.notices
         )
-        if dist.is_main():
-            startup.write(report)
-        console.on_start(report, start.step)
-        evaluation = _evaluation(stage, engine, objective, held_out, console, show_model, start.step)
+        _begin(report, console, start.step)
+        evaluation = _evaluation(stage, engine, objective, held_out, console, probe, start.step)
         telemetry = _telemetry(stage, window, sinks, console)
         experts = _experts(stage, model, interval, peaks, start.step or None, console, closing)
-        listeners: list[Listener] = [*experts, evaluation, telemetry, saving]
-        end = fit(engine, objective, iter(loader), build(stage.schedule), stage.train, listeners, start, stop)
+        listeners: list[Listener] = [*experts, evaluation, early, telemetry, saving]
+        end = fit(engine, objective, batches, build(stage.schedule), stage.train, listeners, start, stop)
         saving.save(end)
         saving.finish()
         for line in describe.dropped(loader, held_out):
             console.on_warning(line)
-        finished = end.step >= stage.train.max_steps
+        outcome, code = _outcome(end.step >= stage.train.max_steps, early.reason)
         seconds = time.monotonic() - began
-        console.on_end(describe.summary(stage, finished, end.step, seconds, telemetry, evaluation))
-    return 0 if finished else PREEMPTED
+        console.on_end(describe.summary(stage, outcome, end.step, seconds, telemetry, evaluation))
+    return code
+
+
+def _begin(report: StartupReport, console: Console, step: int) -> None:
+    """Show the report, and keep it in the run directory."""
+    if dist.is_main():
+        startup.write(report)
+    console.on_start(report, step)
+
+
+def _outcome(finished: bool, early: str | None) -> tuple[str, int]:
+    """How the run ended, in words and as an exit code."""
+    if early is not None:
+        return f"done early ({early})", 0
+    if finished:
+        return "done", 0
+    return "stopped by a signal; run the same command again to go on", PREEMPTED
 
 
 def _evaluation(
@@ -107,21 +125,21 @@ def _evaluation(
     objective: Objective,
     held_out: HeldOut,
     console: Console,
-    show_model: ShowModel,
+    probe: Probe,
     start_step: int,
 ) -> Evaluation:
     """The held-out passes; a run from scratch makes its first one now, before the first step."""
 
-    def run() -> Record:
-        return evaluate(engine, objective, held_out)
-
-    def tell(step: int, record: Record) -> None:
-        console.on_eval(step, record)
-        for line in show_model(step, engine):
+    def run(step: int) -> Record:
+        record = evaluate(engine, objective, held_out.passes())
+        shown = probe(step, engine)
+        console.on_eval(step, record | shown.record)
+        for line in shown.lines:
             console.on_note(line)
+        return record | shown.record
 
     every = stage.train.eval_every if len(held_out) else 0
-    evaluation = Evaluation(run, tell, every, stage.train.max_steps)
+    evaluation = Evaluation(run, every, stage.train.max_steps, stage.goals())
     if start_step == 0:
         evaluation.before_first_step()
     return evaluation

@@ -11,7 +11,9 @@ from torch import nn
 
 from cantata.core import dist
 from cantata.core.build import build
+from cantata.core.errors import ConfigError
 from cantata.core.schema import slot
+from cantata.core.suggest import hint
 from cantata.data.assembly import build_held_out, build_loader
 from cantata.data.config import DataConfig
 from cantata.data.held_out import HeldOut
@@ -20,6 +22,7 @@ from cantata.models.hub import HubReader, parameter_shapes
 from cantata.models.protocol import LanguageModel
 from cantata.parallel.materialize import RandomInit, Source
 from cantata.parallel.mesh import MeshConfig, build_mesh
+from cantata.train.accuracy import AccuracyConfig
 from cantata.train.checkpoint import CheckpointConfig
 from cantata.train.cluster import ClusterConfig
 from cantata.train.config import TrainConfig
@@ -29,6 +32,9 @@ from cantata.train.optim import ParameterRule
 
 ENGINE_RUNTIME = ("model", "mesh", "source", "optimizer", "parameters", "recompute", "compile", "device")
 """What the program, not the YAML, hands to an engine."""
+
+WEIGHTS_WANTED = ""
+"""`model.weights` where a stage leaves it to the user, as YAML's `???` cannot: it never replaces a value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,45 @@ class LanguageStage:
     checkpoint: CheckpointConfig
     logger: LoggerConfig
     cluster: ClusterConfig
+
+    def __post_init__(self) -> None:
+        if self.goals() and not (self.train.eval_every and self.data.held_out):
+            key = next(iter(self.goals()))
+            raise ConfigError(f"{key} needs evaluations: set train.eval_every above 0 and name data.held_out")
+
+    def goals(self) -> dict[str, str]:
+        """Metrics of evaluations that the run goes by, by the key that names them."""
+        chosen = {
+            "checkpoint.best.metric": self.checkpoint.best,
+            "train.early_stopping.metric": self.train.early_stopping,
+        }
+        return {key: goal.metric for key, goal in chosen.items() if goal is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneStage(LanguageStage):
+    """Every key of supervised fine-tuning."""
+
+    accuracy: AccuracyConfig
+    """How many answers to held-out questions are right."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        held_out = self.data.held_out
+        for source in self.accuracy.choices:
+            if source not in held_out:
+                raise ConfigError(
+                    f"accuracy.choices.{source} is no source of data.held_out{hint(source, held_out)}"
+                )
+
+
+def require_weights(stage: LanguageStage) -> None:
+    """Raise `ConfigError` where nobody has said what to start from."""
+    if stage.model["weights"] == WEIGHTS_WANTED:
+        raise ConfigError(
+            "model.weights must be given, for example on the command line: model.weights=DIR, a Hugging Face "
+            "directory (of a run: cantata export RUN --to DIR); null starts from random values"
+        )
 
 
 def build_model(stage: LanguageStage) -> nn.Module:
