@@ -21,7 +21,7 @@ from tests.distributed.test_fsdp2 import TOTALS, build_engine, share, whole
 pytestmark = pytest.mark.distributed
 
 WORLD = MeshConfig(dp_replicate=1, dp_shard=-1, ep=1)
-CONFIG = CheckpointConfig(every=1, keep=2, background=True, resume="auto")
+CONFIG = CheckpointConfig(every=1, keep=2, background=True, resume="auto", best=None)
 
 
 def train(engine: FSDP2Engine, steps: int) -> None:

@@ -119,7 +119,7 @@ def through_files(folder: Path, state: dict[str, Tensor]) -> list[str]:
     ]
     engines[0].load_state_dict(state)
     broken = []
-    config = CheckpointConfig(every=1, keep=1, background=False, resume="auto")
+    config = CheckpointConfig(every=1, keep=1, background=False, resume="auto", best=None)
     for number, (writer, reader) in enumerate(pairwise(engines)):
         files = Checkpointer(folder / str(number), config, fingerprint(build_aria()))
         files.save(1, writer, {}, {})

@@ -120,7 +120,7 @@ def start(root: Path, nodes: dict[str, dict[str, Any]]) -> None:
 
 
 def open_run(run: Path, engine: FSDP2Engine) -> Checkpointer:
-    config = CheckpointConfig(every=1, keep=9, background=True, resume="auto")
+    config = CheckpointConfig(every=1, keep=9, background=True, resume="auto", best=None)
     return Checkpointer(run, config, fingerprint(engine.model))
 
 

@@ -126,12 +126,20 @@ def explain(error: Exception, config_name: str, overrides: Sequence[str], folder
         return ConfigError(f"{file}:{mark.line + 1}: not valid YAML: {error.problem}")
     refused = re.match(r"Could not override '([^']+)'", str(error))
     if refused is not None:
-        key = refused.group(1)
-        text = next((text for text in overrides if text.lstrip("+~").startswith(f"{key}=")), key)
-        near = hint(key, _known_keys(config_name, overrides, folder, with_sections="." not in key))
-        return ConfigError(f"override '{text}': {key} is not a known key{near}")
+        return _unknown(refused.group(1), str(error.__cause__), config_name, overrides, folder)
     given = f" (overrides: {' '.join(overrides)})" if overrides else ""
     return ConfigError(f"{one_line(error)}{given}")
+
+
+def _unknown(given: str, cause: str, config_name: str, overrides: Sequence[str], folder: str) -> ConfigError:
+    """The override of `given`, which is unknown itself or whose value, a mapping, holds an unknown key."""
+    text = next((text for text in overrides if text.lstrip("+~").startswith(f"{given}=")), given)
+    inside = re.search(rf"full_key: ({re.escape(given)}\.\S+)", cause)
+    key = given if inside is None else inside.group(1)
+    known = _known_keys(config_name, overrides, folder, with_sections="." not in key)
+    if given in known and not any(name.startswith(f"{given}.") for name in known):
+        return ConfigError(f"override '{text}': {given} is empty; to add to it, write '+{text}'")
+    return ConfigError(f"override '{text}': {key} is not a known key{hint(key, known)}")
 
 
 def one_line(error: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from cantata.nn import matmul
 from cantata.nn.moe.dispatch import Order
@@ -14,16 +15,16 @@ from tests.nn.moe.test_experts import EXPERTS, gradients, ours, plain, problem
 
 @pytest.mark.parametrize("fast_half", [True, False])
 def test_bf16_equals_fp32_within_its_roundings(monkeypatch: pytest.MonkeyPatch, fast_half: bool) -> None:
-    """Widened, only fc1's outputs and the sums are rounded; else every intermediate value is."""
+    """Bounds, of the norms: widened, only fc1's outputs and the sums are rounded; else all between."""
     monkeypatch.setattr(matmul, "_fast_half_products", lambda: fast_half)
-    leaves, index, grad = problem("uneven")
+    leaves, index, grad = problem("uneven", 64, 48)
     # The router's weights are fp32 in every precision.
     leaves, grad = [leaf if i == 1 else leaf.bfloat16() for i, leaf in enumerate(leaves)], grad.bfloat16()
     found = gradients(ours, leaves, index, grad)
     expected = gradients(plain, [leaf.float() for leaf in leaves], index, grad.float())
     for a, b, like in zip(found, expected, [grad, *leaves], strict=True):
         assert a.dtype == like.dtype
-        assert (a.float() - b).norm() <= 2**-7 * b.norm()
+        assert (a.float() - b).norm() <= (2**-7 if fast_half else 0.9 * 2**-8) * b.norm()
 
 
 @pytest.mark.parametrize(("hidden", "width"), [(6, 5), (1, 1)])
@@ -42,7 +43,7 @@ def test_operators_keep_torchs_rules() -> None:
     routing = (count(index, EXPERTS), *Order.of(index))
     checks = ("test_schema", "test_faketensor")
     for maybe in (weights, None):
-        torch.library.opcheck(looped_experts, (x, maybe, *experts, *routing), test_utils=checks)
+        library.opcheck(looped_experts, (x, maybe, *experts, *routing), test_utils=checks)
         _, inner = looped_experts(x, maybe, *experts, *routing)
         given = (grad, inner, [True, maybe is not None, False, True], x, maybe, *experts, *routing)
-        torch.library.opcheck(looped_experts_backward, given, test_utils=checks)
+        library.opcheck(looped_experts_backward, given, test_utils=checks)

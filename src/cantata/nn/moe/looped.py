@@ -10,16 +10,17 @@ compiler, to recomputation and to tensors without values, none of which could fo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from cantata.nn.matmul import product_dtype
 from cantata.nn.mlp import gate, gate_gradients
 from cantata.nn.moe.dispatch import by_row
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "cantata::experts",
     mutates_args=(),
     schema="(Tensor x_ND, Tensor? weights_NK, Tensor fc1, Tensor fc2, Tensor tokens_per_expert_E,"
@@ -39,17 +40,14 @@ def looped_experts(
     wide = product_dtype(x_ND)
     y_ND = x_ND.new_zeros(x_ND.shape, dtype=wide)
     inner_RF = _inner(x_ND, fc1, token_R)
-    weights_R1 = by_row(weights_NK, choice_R)
-    for expert, rows in _runs(tokens_per_expert_E):
-        token_r = token_R[rows]
-        x_rD = x_ND.index_select(0, token_r).to(wide)
-        inner_rF = _product(x_rD, fc1[expert].to(wide), inner_RF[rows])
-        hidden_rF = gate(inner_rF, None if weights_R1 is None else weights_R1[rows])
-        _add_product(y_ND, token_r, hidden_rF, fc2[expert].to(wide))
+    rows = _by_expert(tokens_per_expert_E.tolist(), token_R, inner_RF, by_row(weights_NK, choice_R))
+    for expert, (token_r, inner_rF, weights_r1) in enumerate(rows):
+        wide_rF = _product(x_ND.index_select(0, token_r).to(wide), fc1[expert].to(wide), inner_rF)
+        _add_product(y_ND, token_r, gate(wide_rF, weights_r1), fc2[expert].to(wide))
     return y_ND.to(x_ND.dtype), inner_RF
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "cantata::experts_backward",
     mutates_args=(),
     schema="(Tensor grad_ND, Tensor inner_RF, bool[] needed, Tensor x_ND, Tensor? weights_NK, Tensor fc1,"
@@ -71,24 +69,23 @@ def looped_experts_backward(
     """The gradients of x, the weights, fc1 and fc2; an empty tensor for one that is not needed."""
     wide = product_dtype(x_ND)
     needs_x, _, needs_fc1, needs_fc2 = needed
-    _, _, grad_fc1, grad_fc2 = grads = _gradients(needed, x_ND, weights_NK, fc1, fc2)
+    grads = _gradients(needed, x_ND, weights_NK, fc1, fc2)
     grad_x_ND = x_ND.new_zeros(x_ND.shape if needs_x else 0, dtype=wide)
-    weights_R1 = by_row(weights_NK, choice_R)
     dots_R = inner_RF.new_empty(len(inner_RF), dtype=torch.float32)
-    for expert, rows in _runs(tokens_per_expert_E):
-        token_r = token_R[rows]
+    lengths, weights_R1 = tokens_per_expert_E.tolist(), by_row(weights_NK, choice_R)
+    rows = _by_expert(lengths, token_R, inner_RF, weights_R1, dots_R)
+    for expert, (token_r, inner_rF, weights_r1, dots_r) in enumerate(rows):
         grad_rD = grad_ND.index_select(0, token_r).to(wide)
-        weights_r1 = None if weights_R1 is None else weights_R1[rows]
         grad_hidden_rF = grad_rD @ fc2[expert].to(wide).t()
-        hidden_rF, grad_inner_rF, dots_r = gate_gradients(inner_RF[rows].to(wide), grad_hidden_rF, weights_r1)
-        if dots_r is not None:
-            dots_R[rows] = dots_r
+        hidden_rF, grad_inner_rF, found_r = gate_gradients(inner_rF.to(wide), grad_hidden_rF, weights_r1)
+        if found_r is not None:
+            dots_r.copy_(found_r)
         if needs_x:
             _add_product(grad_x_ND, token_r, grad_inner_rF, fc1[expert].to(wide).t())
         if needs_fc1:
-            _product(x_ND.index_select(0, token_r).to(wide).t(), grad_inner_rF, grad_fc1[expert])
+            _product(x_ND.index_select(0, token_r).to(wide).t(), grad_inner_rF, grads[2][expert])
         if needs_fc2:
-            _product(hidden_rF.t(), grad_rD, grad_fc2[expert])
+            _product(hidden_rF.t(), grad_rD, grads[3][expert])
     if needs_x:
         grads[0] = grad_x_ND.to(x_ND.dtype)
     if weights_NK is not None:
@@ -108,12 +105,10 @@ def _add_product(sum_ND: Tensor, token_r: Tensor, left: Tensor, right: Tensor) -
     sum_ND.index_copy_(0, token_r, sum_ND.index_select(0, token_r).addmm_(left, right))
 
 
-def _runs(tokens_per_expert_E: Tensor) -> Iterator[tuple[int, slice]]:
-    """The rows of each expert; idle ones too, since their gradients must be written as zeros."""
-    start = 0
-    for expert, length in enumerate(tokens_per_expert_E.tolist()):
-        yield expert, slice(start, start + length)
-        start += length
+def _by_expert(lengths: list[int], *values: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The rows of each expert. An idle one has none, but its turn: its gradients must be written as zeros."""
+    cut = ([None] * len(lengths) if value is None else torch.split(value, lengths) for value in values)
+    return zip(*cut, strict=True)
 
 
 def _inner(x_ND: Tensor, fc1: Tensor, token_R: Tensor) -> Tensor:
