@@ -16,23 +16,26 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Step = Callable[[], Any]
+Clock = Callable[[], float]
 
 
-def seconds(step: Step) -> float:
-    """Wall time of one call, device work included."""
+def seconds(step: Step, clock: Clock = time.perf_counter) -> float:
+    """Time of one call, device work included."""
     _synchronize()
-    start = time.perf_counter()
+    start = clock()
     step()
     _synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def alternate(ours: Step, peer: Step, pairs: int, warmup: int = 2) -> tuple[float, float, float]:
+def alternate(
+    ours: Step, peer: Step, pairs: int, warmup: int = 2, clock: Clock = time.perf_counter
+) -> tuple[float, float, float]:
     """Median seconds of ours and of the peer, and the median over pairs of peer / ours."""
     for _ in range(warmup):
         ours()
         peer()
-    times = [(seconds(ours), seconds(peer)) for _ in range(pairs)]
+    times = [(seconds(ours, clock), seconds(peer, clock)) for _ in range(pairs)]
     mine, other = zip(*times, strict=True)
     ratios = [theirs / own for own, theirs in times]
     return statistics.median(mine), statistics.median(other), statistics.median(ratios)

@@ -1,6 +1,6 @@
 """Forward and backward of one Aria-shaped MoE layer: ours against transformers' and torchtitan's.
 
-    python benchmarks/moe_layer.py [--quick]
+    python benchmarks/moe_layer.py [--quick] [--processor-time]
 
 All hold the same weights and see the same tokens, in one process, in turn. Routing is real (a random router
 on tokens whose directions differ in frequency, as words do: some experts are busy, some nearly idle) and
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -115,7 +116,9 @@ def difference(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) ->
     return "differs from ours by " + ", ".join(parts)
 
 
-def compare(shape: Shape, tokens: int, dtype: torch.dtype, routing: str, pairs: int) -> dict[str, float]:
+def compare(
+    shape: Shape, tokens: int, dtype: torch.dtype, routing: str, pairs: int, clock: harness.Clock
+) -> dict[str, float]:
     """One dtype and one routing against every peer: prints what it finds, returns the ratios."""
     layer = our_layer(shape, dtype)
     make = real_tokens if routing == "real" else balanced_tokens
@@ -135,7 +138,9 @@ def compare(shape: Shape, tokens: int, dtype: torch.dtype, routing: str, pairs: 
         print(f"  {peer.name}: {difference(other(), expected)}")
         # A peer far behind is not worth many pairs.
         slow = harness.seconds(other) > 4 * harness.seconds(step)
-        own, theirs, speed = harness.alternate(step, other, 1 if slow else pairs, warmup=0 if slow else 2)
+        own, theirs, speed = harness.alternate(
+            step, other, 1 if slow else pairs, warmup=0 if slow else 2, clock=clock
+        )
         peer_bytes = harness.peak_bytes(other)
         print(f"    {tokens / own:.0f} tokens/s ours, {tokens / theirs:.0f} theirs: {speed:.3f}; ", end="")
         print(
@@ -165,7 +170,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer pairs and tokens")
-    quick = parser.parse_args().quick
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="count the processor's seconds, not the wall's: for a CPU that others use too, with one thread",
+    )
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    clock = time.process_time if arguments.processor_time else time.perf_counter
     on_gpu = DEVICE.type == "cuda"
     shape = ARIA if on_gpu else SCALED
     tokens = 16384 if on_gpu else 1024 if quick else 4096
@@ -174,7 +186,7 @@ def main() -> None:
     ratios = {}
     for dtype in (torch.bfloat16, torch.float32):
         for routing in ("real", "balanced"):
-            ratios |= compare(shape, tokens, dtype, routing, pairs=3 if quick else 9)
+            ratios |= compare(shape, tokens, dtype, routing, 3 if quick else 7, clock)
     print()
     for name, value in ratios.items():
         harness.ratio(name, value)

@@ -39,6 +39,7 @@ from tests.distributed.test_fsdp2 import whole
 
 pytestmark = [
     pytest.mark.distributed,
+    pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs cantata[deepspeed]"),
 ]
 

@@ -18,7 +18,7 @@ from tests.distributed.spawn import run_ranks
 from tests.models.aria.small import small_aria, small_layout
 from tests.train.test_window import result
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 WORLD, EP, EXPERTS, LAYERS, MICRO_BATCHES = 4, 2, 4, 2, 3
 

@@ -35,7 +35,7 @@ from tests.distributed.test_fsdp2 import assert_same, whole
 from tests.models.aria.small import small_layout
 from tests.nn.moe.small import balance
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 CPU = torch.device("cpu")
 BOUND = 1e-6

@@ -19,7 +19,7 @@ from cantata.train.plan import likely_batch, make_plan
 from cantata.train.stage import LanguageStage, build_engine, build_model
 from tests.distributed.spawn import run_ranks
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SMALL = ("train.micro_batch_size=1", "train.sequence_length=32")
 FROZEN = "+parameters={vision.*: {learning_rate: null, weight_decay: null, frozen: true}}"

@@ -12,7 +12,7 @@ from cantata.nn.matmul import Linear, linear, product_dtype
 
 @pytest.fixture(params=[True, False])
 def fast_half(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(matmul, "_fast_half_products", lambda: request.param)
+    monkeypatch.setattr(matmul, "_FAST_HALF_PRODUCTS", request.param)
     return bool(request.param)
 
 

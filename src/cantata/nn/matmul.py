@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
     Products accumulate in fp32 either way, so the result is the same up to the order of the sums.
     """
     half = x.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and x.device.type == "cpu" and not _fast_half_products() else x.dtype
+    return torch.float32 if half and x.device.type == "cpu" and not _FAST_HALF_PRODUCTS else x.dtype
 
 
-@cache
 def _fast_half_products() -> bool:
     # Decided by what the processor is, never by a stopwatch: a resumed run must round as the first one did.
     # Intel's AVX512-BF16 without AMX runs at half the speed of fp32 (measured); AMD's at about twice it.
@@ -31,6 +29,10 @@ def _fast_half_products() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     is_amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
     return is_amd and torch.cpu._is_avx512_bf16_supported()
+
+
+# Known before anything is compiled: a compiler would follow the reading of files into its graphs.
+_FAST_HALF_PRODUCTS = _fast_half_products()
 
 
 def linear(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

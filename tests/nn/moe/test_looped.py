@@ -16,7 +16,7 @@ from tests.nn.moe.test_experts import EXPERTS, gradients, ours, plain, problem
 @pytest.mark.parametrize("fast_half", [True, False])
 def test_bf16_equals_fp32_within_its_roundings(monkeypatch: pytest.MonkeyPatch, fast_half: bool) -> None:
     """Bounds, of the norms: widened, only fc1's outputs and the sums are rounded; else all between."""
-    monkeypatch.setattr(matmul, "_fast_half_products", lambda: fast_half)
+    monkeypatch.setattr(matmul, "_FAST_HALF_PRODUCTS", fast_half)
     leaves, index, grad = problem("uneven", 64, 48)
     # The router's weights are fp32 in every precision.
     leaves, grad = [leaf if i == 1 else leaf.bfloat16() for i, leaf in enumerate(leaves)], grad.bfloat16()
