@@ -24,6 +24,7 @@ from cantata.tools.verify import (
     transformers_inputs,
 )
 from tests.models.aria.small import small_aria, small_layout
+from tests.nn.moe.small import balance
 
 transformers = pytest.importorskip("transformers")
 
@@ -32,7 +33,9 @@ LAYOUTS = {
     "gqa-tied": small_layout(tie_word_embeddings=True),
     "mha-untied": small_layout(num_key_value_heads=4, rope_theta=5e6, head_dim=16),
     "mha-tied": small_layout(
-        moe={"num_experts": 6, "top_k": 3}, num_key_value_heads=4, tie_word_embeddings=True
+        moe={"num_experts": 6, "top_k": 3, "balance": balance(6)},
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
     ),
 }
 
