@@ -22,7 +22,7 @@ PLAN = """\
 A small Aria (vision tower, projector, mixture-of-experts decoder) learns, from random weights, to \
 name emoji and to write like a play, on the data inside this package. Nothing is downloaded.
 
-  1. pretrain experiment=aria_mini into [bold]{out}[/bold]: under four minutes on two CPU cores
+  1. pretrain experiment=aria_mini into [bold]{out}[/bold]: under five minutes on two CPU cores
   2. captions of held-out emoji, and the held-out loss before and after
 
 Stop it whenever you like: the same command goes on where it stopped."""
