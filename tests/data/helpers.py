@@ -18,6 +18,7 @@ from cantata.data.loader import Loader
 from cantata.data.reading import Source
 from cantata.data.sources import CaptionedImages, TextDocuments
 from cantata.data.split import Split
+from cantata.models.aria.crops import Resampling
 from cantata.models.aria.processor import AriaProcessor
 
 TOKENS = {
@@ -39,6 +40,7 @@ def mini_processor(**changes: Any) -> AriaProcessor:
         "position_grid": 8,
         "features_per_image": 16,
         "split_image": False,
+        "resampling": Resampling.pillow,
         "chat_template": None,
     }
     return AriaProcessor(**({"tokenizer": "embedded:tokenizer.json"} | sizes | TOKENS | changes))

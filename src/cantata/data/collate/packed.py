@@ -90,7 +90,7 @@ class PackedCollator:
         tokens_FT[:, total:] = padding[:, None]
         ids_T, labels_T, positions_T, modality_T, sample_modality_T = tokens_FT
         target_index_N = torch.nonzero(labels_T != IGNORE_INDEX).flatten()
-        target_weight_N = torch.cat([row.weight_T for row in rows])[target_index_N]
+        target_weight_N = _cat([row.weight_T for row in rows])[target_index_N]
         return Batch(
             input_ids_T=ids_T,
             labels_T=labels_T,
@@ -100,8 +100,8 @@ class PackedCollator:
             target_modality_N=sample_modality_T[target_index_N],
             samples=Segments(tuple(length for row in rows for length in row.lengths)),
             images=Images(
-                patches_PC=torch.cat([row.patches_PC for row in rows]),
-                position_ids_P=torch.cat([row.position_ids_P for row in rows]),
+                patches_PC=_cat([row.patches_PC for row in rows]),
+                position_ids_P=_cat([row.position_ids_P for row in rows]),
                 patches=Segments(tuple(count for row in rows for count in row.patches)),
                 features=Segments(tuple(count for row in rows for count in row.features)),
                 token_index_Q=torch.nonzero(ids_T == self.processor.image_token_id).flatten(),
@@ -136,9 +136,16 @@ def _shifted_weight(sample: Sample) -> np.ndarray:
     return weight_T
 
 
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    # Of one tensor, torch would make a copy: tens of megabytes of pixels.
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
 def _join(images: Sequence[ImagePatches], patch_values: int) -> tuple[np.ndarray, np.ndarray]:
     if not images:
         return np.empty((0, patch_values), dtype=np.uint8), np.empty(0, dtype=np.int64)
+    if len(images) == 1:
+        return images[0].patches_PC, images[0].position_ids_P
     return (
         np.concatenate([image.patches_PC for image in images]),
         np.concatenate([image.position_ids_P for image in images]),

@@ -56,6 +56,7 @@ class AriaProcessor:
         position_grid: side of the tower's grid of learned positions.
         features_per_image: features that the projector makes of a crop (128 at 490, 256 at 980).
         split_image: cut each image into crops of `image_size`, preceded by the whole image.
+        resampling: who resizes the images.
         image_token: name of the placeholder.
         image_prefix: name of the token before an image.
         image_suffix: name of the token after it.
@@ -77,6 +78,7 @@ class AriaProcessor:
         position_grid: int,
         features_per_image: int,
         split_image: bool,
+        resampling: crops.Resampling,
         image_token: str,
         image_prefix: str,
         image_suffix: str,
@@ -100,6 +102,7 @@ class AriaProcessor:
         self.position_grid = position_grid
         self.features_per_image = features_per_image
         self.split_image = split_image
+        self.resampling = resampling
         self.tokenizer = load_tokenizer(tokenizer)
         self.token_names = TokenNames(
             image_token, image_prefix, image_suffix, message_start, message_end, document_end, pad_token
@@ -238,12 +241,14 @@ class AriaProcessor:
         return [(self._images(part), IMAGE)]
 
     def _images(self, image: Image.Image) -> list[ImagePatches]:
-        whole_and_crops = crops.split(image, self.image_size) if self.split_image else [image]
-        return [self._patches(crop) for crop in whole_and_crops]
+        if not self.split_image:
+            return [self._patches(image)]
+        return [self._patches(crop) for crop in crops.split(_rgb(image), self.image_size, self.resampling)]
 
     def _patches(self, crop: Image.Image) -> ImagePatches:
-        crop = crop if crop.mode == "RGB" else crop.convert("RGB")
-        patches_PC, rows, columns = crops.patches(crop, self.image_size, self.min_image_size, self.patch_size)
+        patches_PC, rows, columns = crops.patches(
+            _rgb(crop), self.image_size, self.min_image_size, self.patch_size, self.resampling
+        )
         return ImagePatches(
             patches_PC, _positions(rows, columns, self.position_grid), self.features_per_image
         )
@@ -277,6 +282,10 @@ def load_tokenizer(path: str) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @lru_cache(maxsize=1024)

@@ -40,7 +40,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, patches_PC: Tensor, position_ids_P: Tensor) -> Tensor:
         if patches_PC.dtype == torch.uint8:
-            patches_PC = patches_PC.float() / 127.5 - 1.0
+            patches_PC = patches_PC.float().div_(127.5).sub_(1.0)
         weight = self.patch_embedding.weight
         positions_PD: Tensor = self.position_embedding(position_ids_P)
         return self.patch_embedding(patches_PC.to(weight.dtype)) + positions_PD
