@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from cantata.core.chat_sandbox import read_template
 from cantata.core.chat_template import ChatTemplate, Piece
 from cantata.core.errors import ConfigError
 from cantata.core.samples import Chat, DataError, Message, Video
@@ -191,27 +189,6 @@ def test_templates_without_a_mask_are_one_line(source: str, why: str, tmp_path: 
     with pytest.raises(ConfigError, match=why) as caught:
         template(tmp_path, source)
     assert "\n" not in str(caught.value)
-
-
-def test_where_templates_lie(tmp_path: Path) -> None:
-    config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps({"chat_template": "one", "bos_token": None, "eos_token": "</s>"}))
-    assert read_template(str(tmp_path)) == ("one", {"eos_token": "</s>"})
-    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "two"}]
-    config.write_text(json.dumps({"chat_template": named}))
-    assert read_template(str(tmp_path)) == read_template(str(config)) == ("two", {})
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "three"}))
-    assert read_template(str(tmp_path))[0] == "three"
-    (tmp_path / "chat_template.jinja").write_text("four")
-    assert read_template(str(tmp_path))[0] == "four"
-    for path, content in [("x.json", "{"), ("y.json", "{}"), ("z.json", "[1]")]:
-        (tmp_path / path).write_text(content)
-        with pytest.raises(ConfigError, match=path):
-            read_template(str(tmp_path / path))
-    (tmp_path / "empty").mkdir()
-    for path, why in [("empty", "holds no chat_template"), ("none", "no such file")]:
-        with pytest.raises(ConfigError, match=why):
-            read_template(str(tmp_path / path))
 
 
 def test_copies_render_the_same(tmp_path: Path) -> None:

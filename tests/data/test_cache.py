@@ -1,8 +1,10 @@
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 from cantata.core.errors import ConfigError, RunError
 from cantata.core.samples import DataError, Sample
+from cantata.data import cache
 from cantata.data.cache import SampleCache, identify
 from cantata.data.reading import Drop, Reader
 from cantata.data.sources import ImageTextFile
@@ -105,7 +108,7 @@ def test_a_changed_image_makes_its_sample_anew_and_no_other(data: Path) -> None:
     read(again, 1)
     assert reads(again) == 1
     (data / "a.png").unlink()
-    assert reader(data).read("s", 0) == Drop("s", "missing image", 0)
+    assert reader(data).read("s", 0) == Drop("s", "missing file", 0)
 
 
 def test_a_changed_data_file_or_setting_makes_everything_anew(data: Path) -> None:
@@ -171,6 +174,27 @@ def test_the_identity_is_the_same_in_another_process(data: Path) -> None:
     environment = os.environ | {"PYTHONHASHSEED": "77"}
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert found.stdout.strip() == identify({"path": path}, 3, mini_processor())
+
+
+NOT_IN_SAMPLES = {"datasets", "filelock", "hydra-core", "omegaconf", "pyyaml", "rich"}
+"""What the hashed modules use besides: it carries samples, and makes none."""
+
+
+def test_every_library_that_makes_samples_is_in_the_identity(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributions = packages_distributions()
+    imported = {
+        distributions[module.partition(".")[0]][0].lower()
+        for file in cache._code(mini_processor())
+        for module in re.findall(r"^(?:from|import) ([A-Za-z]\w*)", file.read_text(), re.MULTILINE)
+        if module not in {*sys.stdlib_module_names, "cantata"}
+    }
+    assert imported - NOT_IN_SAMPLES == set(cache.LIBRARIES)
+    node, processor = {"path": str(data / "data.jsonl")}, mini_processor()
+    before = identify(node, 3, processor)
+    monkeypatch.setattr(cache, "version", lambda name: "99" if name == "jinja2" else version(name))
+    assert identify(node, 3, processor) != before
 
 
 def test_folders_globs_and_mixes_are_known_by_their_files(data: Path) -> None:

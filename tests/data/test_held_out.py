@@ -60,6 +60,14 @@ def test_examples_are_spread_evenly_and_unreadable_ones_passed_over() -> None:
     ]
 
 
+def test_of_a_stream_the_first_examples_are_taken() -> None:
+    class Streamed(Words):
+        is_sequential = True
+
+    found = held_out(sources={"a": source(Streamed("a", [5] * 100))}).spread(3)
+    assert [index for _, index, _ in found] == [0, 1, 2]
+
+
 def test_nothing_held_out() -> None:
     assert list(held_out(sources={})) == []
     empty = {"b": source(Words("b", []))}

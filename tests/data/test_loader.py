@@ -12,7 +12,7 @@ import torch
 from cantata.core.errors import ConfigError, RunError
 from cantata.core.samples import Document, Example
 from cantata.data.collate import PackedCollator
-from cantata.data.loader import Loader, merge_states
+from cantata.data.loader import Loader
 from cantata.data.reading import Source
 from tests.data.helpers import (
     Words,
@@ -25,11 +25,22 @@ from tests.data.helpers import (
 )
 
 
+class Streamed(Words):
+    """Is read in order, and knows how far."""
+
+    is_sequential = True
+    reach = 0
+
+    def __getitem__(self, index: int) -> Example:
+        self.reach = max(self.reach, index + 1)
+        return super().__getitem__(index)
+
+
 def words() -> dict[str, Source]:
     lengths = [3 + 7 * i % 29 for i in range(40)]
     return {
         "a": source(Words("a", [*lengths, 50], broken=[3, 17]), 2.0),
-        "b": source(Words("b", [10] * 15), 1.0),
+        "b": source(Streamed("b", [10] * 15), 1.0),
     }
 
 
@@ -38,7 +49,11 @@ def taken(loader: Loader, count: int) -> list:
 
 
 def stored(loaders: list[Loader]) -> dict:
-    return json.loads(json.dumps(merge_states([loader.state_dict() for loader in loaders])))
+    """The run's state, out of those of all its ranks."""
+    parts = [loader.state_dict() for loader in loaders]
+    assert all(part | {"streams": {}} == parts[0] | {"streams": {}} for part in parts)
+    streams = {stream: state for part in parts for stream, state in part["streams"].items()}
+    return json.loads(json.dumps(parts[0] | {"streams": streams}))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +145,7 @@ def mixed() -> dict[str, Source]:
     return {
         "a": source(Words("a", [3 + 7 * i % 29 for i in range(97)] + [50], [3, 17]), augmentation=stamped),
         "b": source(Words("b", [10] * 71, broken=[70]), 0.7, augmentation=stamped),
-        "c": source(Words("c", [1 + i % 31 for i in range(64)]), 0.4, augmentation=stamped),
+        "c": source(Streamed("c", [1 + i % 31 for i in range(64)]), 0.4, augmentation=stamped),
     }
 
 
@@ -163,6 +178,17 @@ def test_an_epoch_is_the_dataset_whatever_the_ranks_did_in_the_middle(plan: list
     )
     reads = Counter(f"{place.source}:{place.index}" for place in read)
     assert dropped == {name: reads[name] for name in unusable}
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+def test_the_first_row_needs_only_the_front_of_a_streamed_source(streams: int) -> None:
+    data = Streamed("a", [10] * 5000)
+    loader = letters_loader({"a": source(data)}, streams=streams)
+    assert keys(loader.peek()) == ["a:0", f"a:{streams}", f"a:{2 * streams}"]
+    assert data.reach <= streams * (4 + 3)
+    seen = [keys(batch) for batch in taken(loader, 40)]
+    assert data.reach < 200
+    assert max(int(name[2:]) for row in seen for name in row) < 200
 
 
 def spoilt(broken: int, **changes: Any) -> Loader:
@@ -230,10 +256,13 @@ def test_dropped_samples_are_counted_and_told(caplog: pytest.LogCaptureFixture) 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_worker_errors_arrive_as_one_line(workers: int) -> None:
     sources = {"a": source(Words("a", [5] * 9, broken=[4]), on_error="raise")}
+    others = set(multiprocessing.active_children())
     with pytest.raises(RunError) as caught:
         taken(letters_loader(sources, num_workers=workers), 30)
     assert str(caught.value).startswith("sample a:4: corrupt image (number 4)")
     assert "\n" not in str(caught.value)
+    # Although the error that is held here knows where it came from.
+    assert set(multiprocessing.active_children()) == others
 
 
 @pytest.mark.parametrize(
@@ -282,7 +311,16 @@ def test_bad_layout_and_other_data() -> None:
         letters_loader(words(), seed=8).load_state_dict(state)
     with pytest.raises(ConfigError, match="sources"):
         letters_loader({"a": words()["a"]}).load_state_dict(state)
-    moved = letters_loader(words())
-    taken(moved, 1)
-    with pytest.raises(RunError, match="different rows"):
-        merge_states([state, moved.state_dict()])
+    shuffled = {"a": words()["a"], "b": source(Words("b", [10] * 15))}
+    with pytest.raises(ConfigError, match=r"had sources=.*'sequential'\]\}, the config has "):
+        letters_loader(shuffled).load_state_dict(state)
+
+
+@pytest.mark.parametrize("lacking", ["read", "dropped"])
+def test_a_state_of_an_older_version_is_one_line(lacking: str) -> None:
+    loader = letters_loader(words())
+    taken(loader, 3)
+    state = stored([loader])
+    del state["streams"]["2"][lacking]
+    with pytest.raises(ConfigError, match=f"older version .*lacks {lacking}.*another name$"):
+        letters_loader(words(), rank=1, world_size=2).load_state_dict(state)

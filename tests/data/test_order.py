@@ -75,6 +75,23 @@ def test_another_source_leaves_a_source_in_its_order() -> None:
     assert of_a == [alone.locate(position).index for position in range(len(of_a))]
 
 
+def test_a_sequential_source_comes_in_its_own_order_in_every_epoch() -> None:
+    sizes, weights = {"a": 50, "b": 70}, {"a": 1, "b": 2}
+    order, shuffled = Order(sizes, weights, 3, sequential=["b"]), Order(sizes, weights, 3)
+    places = [order.locate(position) for position in range(2 * BLOCK)]
+    of_b = [(place.epoch, place.index) for place in places if place.source == "b"]
+    assert of_b == [divmod(count, 70) for count in range(len(of_b))]
+    for position, place in enumerate(places):
+        assert place.source == "b" or place == shuffled.locate(position)
+
+
+def test_the_description_of_an_order() -> None:
+    sizes, weights = {"a": 50, "b": 70}, {"a": 1, "b": 1}
+    # As in every checkpoint from before there were sequential sources.
+    assert Order(sizes, weights, 3).describe() == {"a": [50, 512], "b": [70, 512]}
+    assert Order(sizes, weights, 3, ["b"]).describe() == {"a": [50, 512], "b": [70, 512, "sequential"]}
+
+
 def test_pickles_and_is_pinned() -> None:
     order = Order({"a": 1000, "b": 5}, {"a": 1.0, "b": 0.25}, seed=1234)
     copy = pickle.loads(pickle.dumps(order))

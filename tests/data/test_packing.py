@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cantata.core.errors import RunError
+from cantata.core.errors import ConfigError, RunError
 from cantata.core.samples import Sample
-from cantata.data.packing import PackedRow, Packer
+from cantata.data.packing import PackedRow, Packer, check_states
 from cantata.data.reading import Drop
 
 
@@ -52,6 +52,7 @@ lengths_of = st.lists(st.integers(0, 20), min_size=1, max_size=30).filter(any)
 @settings(max_examples=60, deadline=None)
 @given(lengths_of, st.integers(1, 6), st.integers(1, 3))
 def test_whole_samples_once_and_never_too_many(lengths: list[int], window: int, stride: int) -> None:
+    assume(any((lengths * stride)[stride - 1 :: stride]))
     filled = rows(packer(lengths * stride, window=window, stride=stride, stream=stride - 1), 12)
     taken = [int(name.removeprefix("s:")) for row in filled for name in row.info.samples]
     assert len(set(taken)) == len(taken)
@@ -126,3 +127,11 @@ def test_a_pending_sample_that_vanished() -> None:
     state = {"next": 4, "pending": [1], "read": {"s": 4}, "dropped": {}}
     with pytest.raises(RunError, match="s:1 was read before the checkpoint"):
         packer([5, 0]).load(state)
+
+
+def test_states_are_whole_or_of_an_older_version() -> None:
+    state = packer([5]).state()
+    check_states([state, state])
+    older = {name: value for name, value in state.items() if name in ("next", "pending")}
+    with pytest.raises(ConfigError, match=r"older version \(its data state lacks dropped, read\); start"):
+        check_states([state, older])

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from cantata.core.errors import ConfigError
+from cantata.core.locate import asset
 from cantata.core.samples import DataError, Document
 from cantata.data.sources import CaptionedImages, ImageTextFile, TextDocuments, document_spans
 from cantata.data.split import Split
@@ -82,9 +83,10 @@ def test_documents_are_whole_paragraphs() -> None:
 
 
 def test_documents_hold_the_whole_text() -> None:
-    dataset = TextDocuments("embedded:tinyshakespeare.txt", 800, Split.all, 0)
+    path = "embedded:tinyshakespeare.txt"
+    dataset = TextDocuments(path, 800, Split.all, 0)
     documents = [dataset[index].parts[0] for index in range(len(dataset))]
-    assert "".join("".join(documents).split()) == "".join(dataset.path.read_text().split())
+    assert "".join("".join(documents).split()) == "".join(asset(path).read_text().split())
     assert max(len(document.encode()) for document in documents) <= 800
 
 
@@ -117,10 +119,29 @@ def test_image_text_file(tmp_path: Path) -> None:
     assert dataset[0].parts[0].getpixel((0, 0)) == (255, 0, 0)
     assert dataset[1] == Document(("nur Text: ä",))
     assert len(dataset[2].parts) == 3
-    reasons = ["invalid JSON", "missing image", "no image path", "no text"]
+    reasons = ["invalid JSON", "missing file", "no image path", "no text"]
     for index, reason in enumerate(reasons, start=3):
         with pytest.raises(DataError, match=reason):
             dataset[index]
+
+
+def test_image_paths_stay_inside_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "out.png").write_bytes(picture(1))
+    (tmp_path / "set/deep").mkdir(parents=True)
+    (tmp_path / "set/deep/in.png").write_bytes(picture(2))
+    (tmp_path / "set/link.png").symlink_to(tmp_path / "out.png")
+    (tmp_path / "behind").symlink_to(tmp_path / "set")
+    inside = ["deep/in.png", "deep/../deep/in.png", str(tmp_path / "set/deep/in.png")]
+    outside = ["../out.png", str(tmp_path / "out.png"), "link.png", "https://example.org/out.png"]
+    lines = "\n".join(json.dumps({"text": "x", "image": name}) for name in [*inside, *outside])
+    (tmp_path / "set/data.jsonl").write_text(lines)
+    for folder in ("set", "behind"):
+        dataset = ImageTextFile(str(tmp_path / folder / "data.jsonl"), Split.all, 0)
+        for index in range(len(inside)):
+            assert dataset[index].parts[0].getpixel((0, 0)) == (2, 0, 0)
+        for index in range(len(inside), len(dataset)):
+            with pytest.raises(DataError, match=r"path outside the root|remote file"):
+                dataset[index]
 
 
 def read_in_child(datasets: list[Any], index: int, answers: "multiprocessing.Queue[list[Any]]") -> None:

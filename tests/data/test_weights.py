@@ -36,6 +36,13 @@ def test_a_large_source_is_estimated_from_a_probe_that_never_changes() -> None:
     assert len(set(read)) == PROBE
 
 
+def test_of_a_stream_the_first_samples_are_probed() -> None:
+    class Streamed(Words):
+        is_sequential = True
+
+    assert mean_tokens(reader(a=Streamed("a", [3] * PROBE + [30] * PROBE)), "a") == 3
+
+
 def test_nothing_to_go_by() -> None:
     with pytest.raises(ConfigError, match=r"data\.sources\.a: none of 2 samples .*weight_unit=samples"):
         mean_tokens(reader(a=Words("a", [50, 4], broken=[1])), "a")

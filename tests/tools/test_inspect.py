@@ -98,7 +98,7 @@ def test_what_is_left_out_is_named(capsys: pytest.CaptureFixture[str], tmp_path:
     data = broken_data(tmp_path)
     source = figures(capsys, tmp_path, *data)["sources"]["image_text"]
     reasons = source["dropped"]
-    assert set(reasons) == {"missing image", "too long"}
+    assert set(reasons) == {"missing file", "too long"}
     assert source["kept"] == source["read"] - sum(drop["count"] for drop in reasons.values())
     assert source["lengths"]["max"] > 512
     page = (tmp_path / "page.html").read_text()
@@ -111,7 +111,7 @@ def test_what_would_stop_training_is_a_note(capsys: pytest.CaptureFixture[str], 
     data = (*broken_data(tmp_path), "data.sources.image_text.on_error=raise")
     [*_, note] = figures(capsys, tmp_path, *data)["notes"]
     assert note.startswith("training would stop")
-    assert "missing image" in note
+    assert "missing file" in note
     data = (*broken_data(tmp_path), "data.sources.image_text.max_skipped=0.01")
     [note] = figures(capsys, tmp_path, *data)["notes"]
     assert "more than its max_skipped=0.01 would stop training" in note

@@ -29,8 +29,8 @@ from cantata.core.samples import ImagePatches, Processor, Sample
 from cantata.core.target import TARGET
 from cantata.data.touched import Stat, stat_of, touching
 
-LIBRARIES = ("av", "numpy", "pillow", "pyarrow", "pypdfium2", "tokenizers")
-"""What decodes and tokenises."""
+LIBRARIES = ("av", "jinja2", "numpy", "pillow", "pyarrow", "pypdfium2", "tokenizers", "torch")
+"""What decodes, resizes, lays out chats and tokenises."""
 
 NO_FILES = frozenset({TARGET, "root", "split", "records", "format"})
 """Arguments of datasets that name no data file, even where a file or folder is called the same. Of `root`, a

@@ -16,6 +16,7 @@ from cantata.data.formats.base import FormatFunction, keys_of, merged
 from cantata.data.formats.template import Template
 from cantata.data.media import Media, PdfOptions, VideoOptions
 from cantata.data.records import RecordKind, Records, open_records
+from cantata.data.sources import is_sequential
 from cantata.data.split import Split, split_indices
 
 LOOK = 16
@@ -73,6 +74,11 @@ class Conversations:
             self._format = self._find_format(format, template)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether the records are a stream, to be read in order."""
+        return is_sequential(self._records)
 
     def __len__(self) -> int:
         return len(self._rows)

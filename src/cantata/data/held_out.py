@@ -75,12 +75,15 @@ class HeldOut:
         return found[:count]
 
     def spread(self, count: int) -> Iterator[tuple[str, int, Example]]:
-        """Source, index and example of `count` samples of each source, evenly spread, if readable."""
+        """Source, index and example of `count` samples of each source, if readable.
+
+        They are spread evenly; of a sequential source they are the first.
+        """
         for name, source in sorted(self._reader.sources.items()):
             size = len(source.dataset)
             asked = min(count, size)
             for number in range(asked):
-                index = number * size // asked
+                index = number if source.is_sequential else number * size // asked
                 try:
                     yield name, index, source.dataset[index]
                 except DataError:

@@ -26,7 +26,7 @@ from cantata.core.types import Batch, RowInfo
 from cantata.data.collate.packed import PackedCollator, Row
 from cantata.data.drops import sum_drops, sum_reads
 from cantata.data.order import BLOCK, Order
-from cantata.data.packing import Packer
+from cantata.data.packing import Packer, check_states
 from cantata.data.reading import Drop, Reader, Source
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,9 @@ class Loader:
                 f"data.streams={streams} is no multiple of the {world_size} data-parallel ranks"
             )
         sizes = {name: len(source.dataset) for name, source in sources.items()}
-        self.order = Order(sizes, {name: source.weight for name, source in sources.items()}, seed)
+        weights = {name: source.weight for name, source in sources.items()}
+        sequential = [name for name, source in sources.items() if source.is_sequential]
+        self.order = Order(sizes, weights, seed, sequential)
         self.collator = collator
         self._reader = Reader(sources, collator.encode, sequence_length, "data.sources")
         self._micro_batch_size = micro_batch_size
@@ -174,7 +176,7 @@ class Loader:
             yield self.collator.collate(batch, self._reader.sequence_length)
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the state, as plain JSON values; `merge_states` joins the ranks'."""
+        """This rank's part of the state, as plain JSON values; the ranks differ in their `streams` alone."""
         return {
             "rows": self._rows,
             "order": self._identity(),
@@ -182,10 +184,12 @@ class Loader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the merged state of a run on any number of ranks.
+        """Continue from the state of a run on any number of ranks, with the streams of all of them.
 
-        Raises `ConfigError` where the data, the seed or the row length are others than they were.
+        Raises `ConfigError` where the data, the seed or the row length are others than they were, or an
+        older version wrote less of a stream than is needed now.
         """
+        check_states(state["streams"].values())
         identity = self._identity()
         for name in {*identity, *state["order"]}:
             was, now = state["order"].get(name), identity.get(name)
@@ -246,16 +250,20 @@ class Loader:
         ]
         workers = min(max(self._num_workers, 1), len(streams))
         sources = [iter(self._prefetched(streams[worker::workers])) for worker in range(workers)]
-        for turn in count():
-            try:
-                item = next(sources[turn % len(streams) % workers])
-            except (RuntimeError, OSError, EOFError) as error:
-                if not self._num_workers:
-                    raise
-                # Which one depends on where the worker died.
-                cause = (str(error) or type(error).__name__).splitlines()[0]
-                raise RunError(f"a data worker ended ({cause}); was it killed for want of memory?") from error
-            yield arrived(item)
+        try:
+            for turn in count():
+                try:
+                    item = next(sources[turn % len(streams) % workers])
+                except (RuntimeError, OSError, EOFError) as error:
+                    if not self._num_workers:
+                        raise
+                    # Which one depends on where the worker died.
+                    cause = (str(error) or type(error).__name__).splitlines()[0]
+                    raise RunError(f"a data worker ended ({cause}); did it run out of memory?") from error
+                yield arrived(item)
+        finally:
+            # A traceback that is kept would keep the workers too, and with them the process.
+            sources.clear()
 
     def _prefetched(self, streams: Sequence[int]) -> DataLoader[Row | Failure]:
         states = [self._states.get(stream) for stream in streams]
@@ -273,14 +281,6 @@ class Loader:
             prefetch_factor=self._prefetch if has_worker else None,
             worker_init_fn=_leave_signals_to_the_trainer,
         )
-
-
-def merge_states(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state out of the parts of all ranks. Raises `RunError` where they are not of the same moment."""
-    if any(part["rows"] != parts[0]["rows"] or part["order"] != parts[0]["order"] for part in parts):
-        raise RunError("the ranks' data loaders stand at different rows; this is a bug")
-    streams = {stream: state for part in parts for stream, state in part["streams"].items()}
-    return {"rows": parts[0]["rows"], "order": parts[0]["order"], "streams": streams}
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

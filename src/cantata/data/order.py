@@ -7,7 +7,7 @@ position, and a run can be continued anywhere.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -37,18 +37,26 @@ class Order:
 
     Each block of `BLOCK` positions holds a fixed number of samples of each source (its share, rounded) in
     an order of its own. The n-th sample of a source is found by permuting that source's indices anew for
-    each epoch, so that every sample comes exactly once before any comes twice.
+    each epoch, so that every sample comes exactly once before any comes twice. Those of a `sequential`
+    source come in its own order, in every epoch the same: a stream need not be read to its end first.
 
     Raises `ConfigError` where a source is empty or its share is too small to be held.
     """
 
-    def __init__(self, sizes: Mapping[str, int], weights: Mapping[str, float], seed: int) -> None:
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        weights: Mapping[str, float],
+        seed: int,
+        sequential: Collection[str] = (),
+    ) -> None:
         for name, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"source {name} holds no sample (data.sources.{name})")
         self.seed = seed
         self.names = sorted(sizes)
         self.sizes = [sizes[name] for name in self.names]
+        self.sequential = frozenset(sequential)
         self.quotas = apportion([weights[name] for name in self.names], BLOCK)
         for name, quota in zip(self.names, self.quotas, strict=True):
             if quota < 1:
@@ -65,12 +73,15 @@ class Order:
         count = block * self.quotas[source] + int(ordinals[offset])
         epoch, ordinal = divmod(count, self.sizes[source])
         name = self.names[source]
+        if name in self.sequential:
+            return Place(name, ordinal, epoch)
         return Place(name, permute(ordinal, self.sizes[source], key(self.seed, name, epoch)), epoch)
 
-    def describe(self) -> dict[str, list[int]]:
-        """Size and share of each source, in numbers that say whether two orders are the same."""
+    def describe(self) -> dict[str, list[int | str]]:
+        """Size and share of each source, and which are sequential: equal where two orders are the same."""
         return {
-            name: [size, quota] for name, size, quota in zip(self.names, self.sizes, self.quotas, strict=True)
+            name: [size, quota, *(["sequential"] if name in self.sequential else [])]
+            for name, size, quota in zip(self.names, self.sizes, self.quotas, strict=True)
         }
 
     def _arrange(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -5,10 +5,10 @@ L  tokens of a row (sequence_length)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from cantata.core.errors import RunError
+from cantata.core.errors import ConfigError, RunError
 from cantata.core.samples import Sample
 from cantata.core.types import RowInfo
 from cantata.data.drops import Drops
@@ -139,3 +139,14 @@ class Packer:
                     f"the last {missed} samples were all dropped, the newest {sample.source}:{sample.index} "
                     f"({sample.reason}); check the data and train.sequence_length={self._length}"
                 )
+
+
+def check_states(states: Iterable[Mapping[str, Any]]) -> None:
+    """Raise `ConfigError` where one holds less than `Packer.load` needs: older versions kept less."""
+    kept = {"next", "pending", "read", "dropped"}
+    lacking = sorted({name for state in states for name in kept - state.keys()})
+    if lacking:
+        raise ConfigError(
+            f"the checkpoint was written by an older version (its data state lacks {', '.join(lacking)}); "
+            "start a new run with another name"
+        )

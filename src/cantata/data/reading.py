@@ -11,7 +11,7 @@ from cantata.data.augment import Augment, Draw, augmented
 from cantata.data.cache import SampleCache
 from cantata.data.config import OnError, TooLong
 from cantata.data.drops import Drops
-from cantata.data.sources import Dataset
+from cantata.data.sources import Dataset, is_sequential
 
 Encode = Callable[[Example, str], Sample]
 
@@ -55,6 +55,11 @@ class Source:
     augmentation: Augmentation | None = None
     cache: SampleCache | None = None
     """Unused where there is an augmentation."""
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether it is read in the dataset's order in each epoch, and not shuffled."""
+        return is_sequential(self.dataset)
 
 
 @dataclass(frozen=True)

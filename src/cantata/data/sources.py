@@ -19,12 +19,15 @@ import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 from numpy.typing import NDArray
+from PIL import Image
 
 from cantata.core.errors import ConfigError
 from cantata.core.locate import asset
 from cantata.core.samples import DataError, Document, Example, Part
 from cantata.data.media.images import open_image
+from cantata.data.media.paths import resolve_inside
 from cantata.data.split import Split, split_indices
+from cantata.data.touched import touch
 
 
 class Dataset(Protocol):
@@ -35,6 +38,14 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> Example:
         """Raises `DataError` where this one example cannot be read."""
         ...
+
+
+def is_sequential(data: object) -> bool:
+    """Whether a dataset, or records, ask by a true `is_sequential` to be read in order, as a stream does.
+
+    Most have no such attribute: they are shuffled.
+    """
+    return bool(getattr(data, "is_sequential", False))
 
 
 def existing(path: str) -> Path:
@@ -59,6 +70,26 @@ class PerProcess:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_owner": -1, "_value": None}
+
+
+class Spans:
+    """A file of which spans of bytes are read.
+
+    Args:
+        path: the file; `embedded:` names one in the package.
+
+    Raises `ConfigError` where there is none.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = existing(path)
+        self._file = PerProcess()
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes `start` to `end`, fewer where the file ends before."""
+        file: IO[bytes] = self._file.get(lambda: self.path.open("rb"))
+        file.seek(start)
+        return file.read(end - start)
 
 
 class CaptionedImages:
@@ -138,26 +169,25 @@ class TextDocuments:
     """
 
     def __init__(self, path: str, document_bytes: int, split: Split, held_out_share: float) -> None:
-        self.path = existing(path)
+        self._file = Spans(path)
         if document_bytes < 1:
             raise ConfigError(f"document_bytes={document_bytes} must be at least 1")
-        spans = document_spans(self.path.read_bytes(), document_bytes)
+        spans = document_spans(self._file.path.read_bytes(), document_bytes)
         self._spans: NDArray[np.int64] = spans[split_indices(len(spans), split, held_out_share)]
-        self._file = PerProcess()
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Example:
         start, end = (int(value) for value in self._spans[index])
-        return Document((decoded(read_span(self._file.get(lambda: self.path.open("rb")), start, end)),))
+        return Document((decoded(self._file.read(start, end)),))
 
 
 class ImageTextFile:
     """Your own data: a jsonl file with a line for each example.
 
     A line is an object with `text` and, where it has any, `image` (a path, or a list of paths, relative to
-    the jsonl file): the images come first, then the text.
+    the jsonl file): the images come first, then the text. No path may lead out of the jsonl file's folder.
 
     Args:
         path: the jsonl file.
@@ -166,21 +196,21 @@ class ImageTextFile:
     """
 
     def __init__(self, path: str, split: Split, held_out_share: float) -> None:
-        self.path = existing(path)
-        with self.path.open("rb") as file:
+        self._file = Spans(path)
+        self._root = self._file.path.parent.resolve()
+        with self._file.path.open("rb") as file:
             lengths = [(len(line), bool(line.strip())) for line in file]
         ends = np.cumsum([length for length, _ in lengths], dtype=np.int64)
         spans = np.stack([ends - np.array([length for length, _ in lengths], dtype=np.int64), ends], axis=1)
         spans = spans[np.array([filled for _, filled in lengths], dtype=bool)]
         self._spans: NDArray[np.int64] = spans[split_indices(len(spans), split, held_out_share)]
-        self._file = PerProcess()
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Example:
         start, end = (int(value) for value in self._spans[index])
-        line = decoded(read_span(self._file.get(lambda: self.path.open("rb")), start, end))
+        line = decoded(self._file.read(start, end))
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
@@ -191,8 +221,14 @@ class ImageTextFile:
         paths = [named] if isinstance(named, str) else named
         if not isinstance(paths, list) or not all(isinstance(name, str) for name in paths):
             raise DataError("no image path", "`image` is neither a path nor a list of paths")
-        images: list[Part] = [open_image(self.path.parent / name) for name in paths]
+        images: list[Part] = [self._image(name) for name in paths]
         return Document((*images, record["text"]))
+
+    def _image(self, name: str) -> Image.Image:
+        path = resolve_inside(self._root, name)
+        # As it is named: a link may come to point elsewhere.
+        touch(self._root / name)
+        return open_image(path)
 
 
 def document_spans(text: bytes, document_bytes: int) -> NDArray[np.int64]:
@@ -219,11 +255,6 @@ def _units(text: bytes, longest: int) -> Iterator[tuple[int, int]]:
             yield start, end
         else:
             yield from (line.span() for line in re.compile(rb"[^\n]+").finditer(text, start, end))
-
-
-def read_span(file: IO[bytes], start: int, end: int) -> bytes:
-    file.seek(start)
-    return file.read(end - start)
 
 
 def decoded(text: bytes) -> str:

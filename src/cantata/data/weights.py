@@ -17,10 +17,11 @@ def weights_of_tokens(reader: Reader) -> dict[str, Source]:
     """The reader's sources, with weights of samples under which tokens come in the shares that were given.
 
     A source's mean tokens are estimated once, from `PROBE` samples at places that depend on its size alone
-    (all of them where it has no more), a sample that is left out counting as none. Every rank finds the same
-    weights without asking the others, and the order stays a function of seed and position. The price is an
-    estimate: a source whose lengths vary by their own mean has a standard error of 1 / sqrt(128), 9%, of its
-    share, and a rare very long sample may be missed. Every rank reads the probe when the run starts.
+    (all of them where it has no more; of a sequential source the first), a sample that is left out counting
+    as none. Every rank finds the same weights without asking the others, and the order stays a function of
+    seed and position. The price is an estimate: a source whose lengths vary by their own mean has a standard
+    error of 1 / sqrt(128), 9%, of its share, and a rare very long sample may be missed. Every rank reads the
+    probe when the run starts.
 
     Raises `ConfigError` where none of a source's probe can be used.
     """
@@ -32,8 +33,10 @@ def weights_of_tokens(reader: Reader) -> dict[str, Source]:
 
 def mean_tokens(reader: Reader, name: str) -> float:
     """Tokens of a sample of the source on average, as the probe has it. Raises `ConfigError`."""
-    size = len(reader.sources[name].dataset)
-    probed = [permute(place, size, key("probe", size)) for place in range(min(PROBE, size))]
+    source = reader.sources[name]
+    size = len(source.dataset)
+    places = range(min(PROBE, size))
+    probed = [place if source.is_sequential else permute(place, size, key("probe", size)) for place in places]
     samples = [reader.read(name, index) for index in probed]
     total = sum(len(sample) for sample in samples if isinstance(sample, Sample))
     if not total:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cantata.core import dist
+from cantata.core.chat_template import ASSISTANT
 from cantata.core.errors import ConfigError
 from cantata.core.samples import Chat, Message
 from cantata.data.held_out import HeldOut
 from cantata.train.metrics import Record
-
-ASSISTANT = "assistant"
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,13 @@ import pytest
 
 from cantata.core.errors import ConfigError, RunError
 from cantata.core.samples import DataError
-from cantata.data.records import spool
+from cantata.data.conversations import Conversations
+from cantata.data.formats import Format
+from cantata.data.records import RecordKind, spool
 from cantata.data.records.spool import CHUNK, Spool
+from cantata.data.split import Split
+from tests.data.helpers import keys, letters_loader, source
+from tests.data.media.clips import PDF, VIDEO
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 
@@ -57,6 +62,14 @@ def test_it_goes_on_where_another_ended(files: list[str], tmp_path: Path, monkey
         spool, "call_load_dataset", lambda *_, **__: pytest.fail("a full spool needs no source")
     )
     assert text(opened(files, tmp_path / "spool"), ROWS - 1) == f"ä{ROWS - 1}"
+
+
+def test_a_run_begins_with_the_front_of_the_stream(files: list[str], tmp_path: Path) -> None:
+    records = opened(files, tmp_path / "spool")
+    dataset = Conversations(records, RecordKind.auto, Format.auto, None, None, Split.all, 0.0, VIDEO, PDF)
+    batch = next(iter(letters_loader({"s": source(dataset)})))
+    assert keys(batch)[:2] == ["s:0", "s:4"]
+    assert len(list((tmp_path / "spool").rglob("rows-*.arrow"))) == 1
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_each_process_opens_its_own_file(tmp_path: Path) -> None:
     contents = {f"{number}.txt": str(number).encode() for number in range(40)}
     records = TarShard(shard(tmp_path / "a.tar", contents))
     assert records[3]["txt"] == "3"
-    handle = records._file.get(lambda: pytest.fail("it is open")).fileno()
+    handle = records._file._file.get(lambda: pytest.fail("it is open")).fileno()
     before = os.lseek(handle, 0, os.SEEK_CUR)
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.map(records.__getitem__, range(40)) == [records[index] for index in range(40)]

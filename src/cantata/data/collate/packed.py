@@ -6,30 +6,36 @@ F  token fields (ids, label, position, modality, modality of the sample)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cantata.core.errors import RunError
 from cantata.core.samples import Example, ImagePatches, Processor, Sample
 from cantata.core.types import IGNORE_INDEX, PADDING, Batch, Images, RowInfo, Segments
 
+_BY_VALUE_BYTES = 2**20
 IDS, LABELS, POSITIONS, MODALITY, SAMPLE_MODALITY = range(5)
 
 
 class Row(NamedTuple):
-    """A packed row as few tensors, cheap to hand from a worker process to the trainer."""
+    """A packed row, cheap to hand from a worker process to the trainer.
 
-    tokens_FT: Tensor
-    """The token fields, int32."""
-    weight_T: Tensor
-    """Weight of each label, fp32."""
+    A tensor travels in shared memory, at the price of a handshake that holds up the trainer; arrays travel by
+    value. So only pixels are a tensor, and only where they are many.
+    """
+
+    tokens_FT: NDArray[np.int32]
+    """The token fields."""
+    weight_T: NDArray[np.float32]
+    """Weight of each label."""
     lengths: tuple[int, ...]
     """Tokens of each sample."""
-    patches_PC: Tensor
-    position_ids_P: Tensor
+    patches_PC: NDArray[np.uint8] | Tensor
+    position_ids_P: NDArray[np.int64]
     patches: tuple[int, ...]
     """Patches of each image."""
     features: tuple[int, ...]
@@ -65,11 +71,11 @@ class PackedCollator:
         weights = np.concatenate([np.zeros(0, dtype=np.float32), *shifted])
         patches, position_ids = _join(images, self.processor.patch_values)
         return Row(
-            tokens_FT=torch.from_numpy(tokens),
-            weight_T=torch.from_numpy(weights),
+            tokens_FT=tokens,
+            weight_T=weights,
             lengths=tuple(len(sample) for sample in samples),
-            patches_PC=torch.from_numpy(patches),
-            position_ids_P=torch.from_numpy(position_ids),
+            patches_PC=torch.from_numpy(patches) if patches.nbytes > _BY_VALUE_BYTES else patches,
+            position_ids_P=position_ids,
             patches=tuple(len(image.patches_PC) for image in images),
             features=tuple(image.num_features for image in images),
             info=info,
@@ -85,7 +91,7 @@ class PackedCollator:
         if total > size:
             raise RunError(f"{len(rows)} rows hold {total} tokens, more than {sequence_length} each")
         tokens_FT = torch.empty((5, size), dtype=torch.int64)
-        torch.cat([row.tokens_FT for row in rows], dim=1, out=tokens_FT[:, :total])
+        torch.cat([torch.from_numpy(row.tokens_FT) for row in rows], dim=1, out=tokens_FT[:, :total])
         padding = torch.tensor([self.processor.pad_token_id, IGNORE_INDEX, 0, PADDING, PADDING])
         tokens_FT[:, total:] = padding[:, None]
         ids_T, labels_T, positions_T, modality_T, sample_modality_T = tokens_FT
@@ -136,9 +142,10 @@ def _shifted_weight(sample: Sample) -> np.ndarray:
     return weight_T
 
 
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
+def _cat(arrays: Sequence[NDArray[Any] | Tensor]) -> Tensor:
+    tensors = [torch.as_tensor(array) for array in arrays]
     # Of one tensor, torch would make a copy: tens of megabytes of pixels.
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _join(images: Sequence[ImagePatches], patch_values: int) -> tuple[np.ndarray, np.ndarray]:

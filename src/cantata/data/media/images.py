@@ -54,8 +54,7 @@ def open_image(source: bytes | Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(source), formats=_formats())
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
+            return to_rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise DataError("image too large", str(error) or "out of memory") from error
     except BROKEN as error:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from pathlib import Path
 from typing import Any
 
 from cantata.core.errors import ConfigError
 from cantata.data.records.base import json_object
-from cantata.data.sources import PerProcess, existing, read_span
+from cantata.data.sources import Spans
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
@@ -28,9 +27,10 @@ class JsonFile:
     """
 
     def __init__(self, path: str) -> None:
-        self.path = existing(path)
+        self._file = Spans(path)
+        self.root = self._file.path.parent
         try:
-            text = self.path.read_bytes().decode("utf-8")
+            text = self._file.path.read_bytes().decode("utf-8")
             spans = element_spans(text)
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"data file {path} holds no readable JSON array: {error}") from error
@@ -42,18 +42,12 @@ class JsonFile:
             offset += len(text[start:end].encode())
             self._ends.append(offset)
             place = end
-        self._file = PerProcess()
-
-    @property
-    def root(self) -> Path:
-        return self.path.parent
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        file = self._file.get(lambda: self.path.open("rb"))
-        return json_object(read_span(file, self._starts[index], self._ends[index]), f"element {index}")
+        return json_object(self._file.read(self._starts[index], self._ends[index]), f"element {index}")
 
 
 def element_spans(text: str) -> list[tuple[int, int]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from pathlib import Path
 from typing import Any
 
 from cantata.core.errors import ConfigError
 from cantata.data.records.base import json_object
-from cantata.data.sources import PerProcess, existing, read_span
+from cantata.data.sources import Spans
 
 
 class JsonLines:
@@ -19,12 +18,13 @@ class JsonLines:
     """
 
     def __init__(self, path: str) -> None:
-        self.path = existing(path)
+        self._file = Spans(path)
+        self.root = self._file.path.parent
         # 24 bytes a line: files of many millions of lines are usual.
         self._starts, self._lengths, self._numbers = array("q"), array("q"), array("q")
         offset = 0
         try:
-            with self.path.open("rb") as file:
+            with self._file.path.open("rb") as file:
                 for number, line in enumerate(file, start=1):
                     if line.strip():
                         self._starts.append(offset)
@@ -33,18 +33,11 @@ class JsonLines:
                     offset += len(line)
         except OSError as error:
             raise ConfigError(f"data file {path} cannot be read: {error}") from error
-        self._file = PerProcess()
-
-    @property
-    def root(self) -> Path:
-        return self.path.parent
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        file = self._file.get(lambda: self.path.open("rb"))
         start = self._starts[index]
-        return json_object(
-            read_span(file, start, start + self._lengths[index]), f"line {self._numbers[index]}"
-        )
+        raw = self._file.read(start, start + self._lengths[index])
+        return json_object(raw, f"line {self._numbers[index]}")

@@ -28,9 +28,9 @@ class Spool:
 
     Row i is there once the stream has come that far: whoever asks for it first streams up to it, the other
     processes of the machine wait. Every row crosses the network once for each machine, and stays on its disk
-    (in as many bytes as the rows have) for later epochs and runs. The loader asks in random order, so its
-    first batch waits for most of the `rows`; a run that is to begin at once streams in parts: few rows now,
-    more in a later run, which goes on where this spool ends.
+    (in as many bytes as the rows have) for later epochs and runs. The loader asks in the stream's order, in
+    every epoch, so a run begins with the first rows; nothing shuffles them but the mix with other sources.
+    More `rows` in a later run go on where this spool ends.
 
     Args:
         name: a dataset on the hub, a local folder, or a builder (`json`, `csv`, `arrow`, ...).
@@ -40,6 +40,8 @@ class Spool:
         rows: how many to take; a stream that ends before leaves `DataError("stream ended")` for the rest.
         folder: where the spool is kept, on a disk of this machine.
     """
+
+    is_sequential = True
 
     def __init__(
         self,

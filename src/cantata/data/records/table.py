@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ class ParquetRows:
 
     def __init__(self, path: str) -> None:
         self.path = existing(path)
+        self.root = self.path.parent
         try:
             with parquet.ParquetFile(self.path) as file:
                 groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
@@ -35,10 +35,6 @@ class ParquetRows:
         self._starts = np.cumsum([0, *groups])
         self._file = PerProcess()
         self._loaded: tuple[int, Any] = (-1, None)
-
-    @property
-    def root(self) -> Path:
-        return self.path.parent
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tarfile
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from cantata.core.errors import ConfigError
 from cantata.core.samples import DataError
 from cantata.data.records.base import json_value, one_line, utf8
-from cantata.data.sources import PerProcess, existing, read_span
+from cantata.data.sources import Spans
 
 TEXTS = frozenset({"txt", "text", "cls"})
 
@@ -30,10 +30,11 @@ class TarShard:
     """
 
     def __init__(self, path: str) -> None:
-        self.path = existing(path)
+        self._file = Spans(path)
+        self.root = self._file.path.parent
         found: dict[str, Members] = {}
         try:
-            with tarfile.open(self.path, "r:") as tar:
+            with tarfile.open(self._file.path, "r:") as tar:
                 for member in tar:
                     key, ending = _split(member.name)
                     if not member.isfile() or not key:
@@ -43,9 +44,10 @@ class TarShard:
                         raise ConfigError(f"data file {path} holds {member.name} twice")
                     members[ending] = (member.offset_data, member.size)
                 end = tar.offset
-            with self.path.open("rb") as file:
+            with self._file.path.open("rb") as file:
                 # tarfile stops without a word at a damaged header; a whole tar ends in zeros.
-                rest = read_span(file, end, end + tarfile.BLOCKSIZE)
+                file.seek(end)
+                rest = file.read(tarfile.BLOCKSIZE)
         except (tarfile.TarError, OSError, ValueError) as error:
             raise ConfigError(
                 f"data file {path} is no readable uncompressed tar: {one_line(error)}; a compressed one "
@@ -54,23 +56,17 @@ class TarShard:
         if rest.strip(b"\0"):
             raise ConfigError(f"data file {path} is damaged at byte {end}, after {len(found)} records")
         self._records = list(found.items())
-        self._file = PerProcess()
-
-    @property
-    def root(self) -> Path:
-        return self.path.parent
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        file = self._file.get(lambda: self.path.open("rb"))
         key, members = self._records[index]
         record: dict[str, Any] = {"__key__": key}
         for ending, (start, size) in members.items():
-            raw = read_span(file, start, start + size)
+            raw = self._file.read(start, start + size)
             if len(raw) != size:
-                raise DataError("truncated file", f"{key}.{ending} of {self.path.name}")
+                raise DataError("truncated file", f"{key}.{ending} of {self._file.path.name}")
             record[ending] = _decoded(raw, ending, f"{key}.{ending}")
         return record
 
