@@ -151,8 +151,6 @@ def _cat(arrays: Sequence[NDArray[Any] | Tensor]) -> Tensor:
 def _join(images: Sequence[ImagePatches], patch_values: int) -> tuple[np.ndarray, np.ndarray]:
     if not images:
         return np.empty((0, patch_values), dtype=np.uint8), np.empty(0, dtype=np.int64)
-    if len(images) == 1:
-        return images[0].patches_PC, images[0].position_ids_P
     return (
         np.concatenate([image.patches_PC for image in images]),
         np.concatenate([image.position_ids_P for image in images]),
