@@ -120,3 +120,29 @@ def test_a_second_backward_is_refused() -> None:
     loss_sum.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="ran twice"):
         loss_sum.backward()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("chunk", [250, 10**6])
+def test_a_product_of_low_rank_is_added(monkeypatch: pytest.MonkeyPatch, chunk: int, frozen: bool) -> None:
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    x, weight, labels = torch.randn(30, 8), torch.randn(50, 8), torch.randint(50, (30,))
+    low, low_weight = torch.randn(30, 3), torch.randn(50, 3)
+    row_weight_N = torch.rand(30) * 2
+    results = []
+    for fast in (True, False):
+        leaves = [value.clone().requires_grad_() for value in (x, weight, low, low_weight)]
+        leaves[1].requires_grad_(not frozen)
+        if fast:
+            loss_sum, loss_N = linear_cross_entropy(*leaves[:2], labels, row_weight_N, *leaves[2:])
+        else:
+            logits = leaves[0] @ leaves[1].t() + leaves[2] @ leaves[3].t()
+            losses_N = F.cross_entropy(logits, labels, reduction="none")
+            loss_sum, loss_N = (losses_N * row_weight_N).sum(), losses_N
+        (loss_sum / 7).backward()
+        assert (leaves[1].grad is None) == frozen
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        results.append([loss_sum.detach(), loss_N.detach(), *gradients])
+    for found, wanted in zip(*results, strict=True):
+        assert float((found - wanted).abs().max()) <= 1e-6 * max(1.0, float(wanted.abs().max()))

@@ -7,12 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cantata.core.types import TEXT
+from cantata.nn.lora import LoRASettings
+from cantata.nn.matmul import Linear
+from cantata.nn.mlp import SwiGLU
+from cantata.nn.moe import experts as experts_module
+from cantata.nn.moe.experts import Experts
+from cantata.nn.moe.layer import MoELayer
 from cantata.parallel.materialize import RandomInit, materialize
 from cantata.parallel.recompute import Recompute, apply_recompute
 from tests.distributed.standin import HIDDEN, StandIn, build_on_meta
+from tests.nn.lora.factors import adapted
+from tests.nn.moe.small import one_sample, small_router
 
 
 class CountOperators(TorchDispatchMode):
@@ -95,3 +104,61 @@ def test_kept_bytes_shrink(plain: Any) -> None:
     kept = {mode: run(model_with(mode))[1] for mode in (Recompute.selective, Recompute.full)}
     assert kept[Recompute.full] < plain[1] / 2
     assert kept[Recompute.selective] < plain[1]
+
+
+class AdaptedBlock(nn.Module):
+    """A linear layer and an MoE layer with adapters that drop inputs, as a frozen base has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        settings = LoRASettings(r=4, alpha=8.0, dropout=0.3, rslora=False, dora=False)
+        base = Linear(8, 8), Experts(6, 8, 4), small_router(8, 6, 2)
+        for part in base:
+            for parameter in part.parameters():
+                nn.init.normal_(parameter)
+                parameter.requires_grad_(False)
+        linear, experts, router = base
+        self.linear = adapted(linear, settings)
+        made = adapted(experts, {"fc1": settings, "fc2": settings})
+        assert isinstance(made, Experts)
+        self.moe = MoELayer(router, made, SwiGLU(8, 4))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TD: Tensor = self.linear(x_TD)
+        return self.moe(y_TD, one_sample(torch.full((len(x_TD),), TEXT)))[0]
+
+
+def adapted_gradients(mode: Recompute) -> tuple[dict[str, Tensor], Counter[str]]:
+    """Gradients of the factors, and the operators that backward ran."""
+    block = AdaptedBlock()
+    apply_recompute(block, mode)
+    torch.manual_seed(2)
+    x_TD = torch.randn(9, 8).requires_grad_()
+    y_TD = block(x_TD)
+    # Whatever is drawn between the two runs must not change what the second one drops.
+    torch.rand(3)
+    with CountOperators() as backward:
+        y_TD.square().sum().backward()
+    assert x_TD.grad is not None
+    gradients = {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+    return gradients | {"x": x_TD.grad}, backward.counts
+
+
+@pytest.mark.parametrize("path", ["looped", "grouped"])
+@pytest.mark.parametrize("mode", [Recompute.selective, Recompute.full])
+def test_adapters_drop_the_same_inputs_again(
+    monkeypatch: pytest.MonkeyPatch, mode: Recompute, path: str
+) -> None:
+    if path == "grouped":
+        monkeypatch.setattr(experts_module, "can_group", lambda *tensors: True)
+    expected, once = adapted_gradients(Recompute.none)
+    found, again = adapted_gradients(mode)
+    assert sum("lora" in name for name in expected) == 6
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    large = ("cantata::experts", "aten::_grouped_mm", "aten::mm", "aten::addmm")
+    if mode is Recompute.selective:
+        assert all(again[name] == once[name] for name in large)
+    else:
+        assert sum(again[name] for name in large) > sum(once[name] for name in large)

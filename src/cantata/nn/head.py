@@ -31,6 +31,7 @@ class LanguageHead(nn.Module):
 
     def __init__(self, hidden_size: int, vocab_size: int, eps: float, *, tied: bool) -> None:
         super().__init__()
+        self.vocab_size = vocab_size
         self.norm = RMSNorm(hidden_size, eps)
         weight = None if tied else nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.register_parameter("weight", weight)
@@ -46,11 +47,24 @@ class LanguageHead(nn.Module):
     ) -> HeadOutput:
         weight_VD = tied_weight_VD if self.weight is None else self.weight
         assert weight_VD is not None
+        logits_TV = None
         if with_logits:
             x_TD = self.norm(x_TD)
-            rows_ND, logits_TV = take_rows(x_TD, target_index_N), linear(x_TD, weight_VD)
+            low = self.low_rank(x_TD)
+            logits_TV = linear(x_TD, weight_VD)
+            rows_ND = take_rows(x_TD, target_index_N)
+            if low is not None:
+                logits_TV = logits_TV + linear(*low)
+                low = take_rows(low[0], target_index_N), low[1]
         else:
-            rows_ND, logits_TV = self.norm(take_rows(x_TD, target_index_N)), None
+            rows_ND = self.norm(take_rows(x_TD, target_index_N))
+            low = self.low_rank(rows_ND)
         labels_N = labels_T.index_select(0, target_index_N)
-        loss_sum, loss_N = linear_cross_entropy(rows_ND, weight_VD, labels_N, target_weight_N)
+        loss_sum, loss_N = linear_cross_entropy(
+            rows_ND, weight_VD, labels_N, target_weight_N, *(low or (None, None))
+        )
         return HeadOutput(loss_sum, loss_N, logits_TV)
+
+    def low_rank(self, x_TD: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What an adapter adds to the logits of normed rows, as (T, r) and (V, r); None: nothing."""
+        return None

@@ -43,7 +43,16 @@ def test_operators_keep_torchs_rules() -> None:
     routing = (count(index, EXPERTS), *Order.of(index))
     checks = ("test_schema", "test_faketensor")
     for maybe in (weights, None):
-        library.opcheck(looped_experts, (x, maybe, *experts, *routing), test_utils=checks)
-        _, inner = looped_experts(x, maybe, *experts, *routing)
-        given = (grad, inner, [True, maybe is not None, False, True], x, maybe, *experts, *routing)
+        library.opcheck(looped_experts, (x, maybe, *experts, *routing, []), test_utils=checks)
+        _, inner = looped_experts(x, maybe, *experts, *routing, [])
+        given = (
+            grad,
+            inner,
+            [True, maybe is not None, False, True, False, False],
+            x,
+            maybe,
+            *experts,
+            *routing,
+            [],
+        )
         library.opcheck(looped_experts_backward, given, test_utils=checks)

@@ -5,17 +5,17 @@ N  tokens    K  rows of each token    R  rows, sorted by expert
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cantata.nn.mlp import gate, gate_gradients
-from cantata.nn.moe.dispatch import Dispatched, by_row, sum_rows
+from cantata.nn.moe.dispatch import Dispatched
+from cantata.nn.moe.grouped import grouped_experts, grouped_experts_backward
 from cantata.nn.moe.looped import looped_experts, looped_experts_backward
+from cantata.nn.moe.low_rank import Flat, factors
 
 
 class Experts(nn.Module):
@@ -34,11 +34,15 @@ class Experts(nn.Module):
 
     def forward(self, given: Dispatched) -> Tensor:
         """Every row through its expert; the (weighted) sum of each token's results: (N, D)."""
-        weights = self.local(self.fc1), self.local(self.fc2)
-        y_ND: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
-            given.x_ND, given.weights_NK, *weights, given.tokens_per_expert_E, *given.order
-        )
-        return y_ND
+        return run_experts(given, self.local(self.fc1), self.local(self.fc2))
+
+
+def run_experts(given: Dispatched, fc1: Tensor, fc2: Tensor, low: Flat = ()) -> Tensor:
+    """What `Experts` computes; `low` is added to the two weights (see `low_rank`)."""
+    y_ND: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
+        given.x_ND, given.weights_NK, fc1, fc2, given.tokens_per_expert_E, *given.order, *low
+    )
+    return y_ND
 
 
 def _whole(weight: Tensor) -> Tensor:
@@ -53,20 +57,31 @@ class _Experts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weights_NK: Tensor | None, *rest: Tensor) -> Tensor:
-        run = grouped_experts if can_group(x_ND, *rest[:2]) else looped_experts
-        y_ND, inner_RF = run(x_ND, weights_NK, *rest)
+    def forward(ctx: Any, x_ND: Tensor, weights_NK: Tensor | None, *rest: Any) -> Tensor:
+        fc1, fc2, *routing = rest[:6]
+        low = rest[6:]
+        run: Callable[..., Any] = grouped_experts if _can_group(x_ND, fc1, fc2, low) else looped_experts
+        y_ND: Tensor
+        y_ND, inner_RF = run(x_ND, weights_NK, fc1, fc2, *routing, low)
         ctx.save_for_backward(inner_RF, x_ND, weights_NK, *rest)
         return y_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
-        inner_RF, x_ND, weights_NK, *rest = ctx.saved_tensors
-        needed = list(ctx.needs_input_grad[:4])
-        run = grouped_experts_backward if can_group(x_ND, *rest[:2]) else looped_experts_backward
-        grads = run(grad_ND, inner_RF, needed, x_ND, weights_NK, *rest)
-        return *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), *[None] * 4
+        inner_RF, x_ND, weights_NK, fc1, fc2, *rest = ctx.saved_tensors
+        routing, low = rest[:4], rest[4:]
+        wanted = ctx.needs_input_grad
+        needed = [*wanted[:4], any(wanted[8:11]), any(wanted[11:])]
+        grouped = _can_group(x_ND, fc1, fc2, low)
+        run: Callable[..., Any] = grouped_experts_backward if grouped else looped_experts_backward
+        grads = run(grad_ND, inner_RF, needed, x_ND, weights_NK, fc1, fc2, *routing, low)
+        places = [*grads[:4], *[None] * 4, *grads[4:6], None, *grads[6:], None]
+        return tuple(grad if want else None for grad, want in zip(places, wanted, strict=False))
+
+
+def _can_group(x_ND: Tensor, fc1: Tensor, fc2: Tensor, low: Flat) -> bool:
+    return can_group(x_ND, fc1, fc2, *(factor for factor in factors(low) if factor is not None))
 
 
 def can_group(x_RD: Tensor, *weights: Tensor) -> bool:
@@ -74,52 +89,3 @@ def can_group(x_RD: Tensor, *weights: Tensor) -> bool:
     supported = x_RD.dtype in (torch.float32, torch.bfloat16, torch.float16)
     aligned = all(w.shape[-1] * w.element_size() % 16 == 0 for w in (x_RD, *weights))
     return x_RD.device.type != "cpu" and supported and aligned and x_RD.shape[0] > 0
-
-
-def grouped_experts(
-    x_ND: Tensor,
-    weights_NK: Tensor | None,
-    fc1: Tensor,
-    fc2: Tensor,
-    tokens_per_expert_E: Tensor,
-    token_R: Tensor,
-    row_NK: Tensor,
-    choice_R: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`looped_experts` with one call for each product, without waiting for the device."""
-    ends_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
-    inner_RF = F.grouped_mm(x_ND.index_select(0, token_R), fc1, offs=ends_E)
-    hidden_RF = gate(inner_RF, by_row(weights_NK, choice_R))
-    return sum_rows(F.grouped_mm(hidden_RF, fc2, offs=ends_E), row_NK), inner_RF
-
-
-def grouped_experts_backward(
-    grad_ND: Tensor,
-    inner_RF: Tensor,
-    needed: Sequence[bool],
-    x_ND: Tensor,
-    weights_NK: Tensor | None,
-    fc1: Tensor,
-    fc2: Tensor,
-    tokens_per_expert_E: Tensor,
-    token_R: Tensor,
-    row_NK: Tensor,
-    choice_R: Tensor,
-) -> list[Tensor | None]:
-    """The gradients of x, the weights, fc1 and fc2, where they are needed."""
-    ends_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
-    needs_x, _, needs_fc1, needs_fc2 = needed
-    grad_RD = grad_ND.index_select(0, token_R)
-    grad_hidden_RF = F.grouped_mm(grad_RD, fc2.transpose(1, 2), offs=ends_E)
-    hidden_RF, grad_inner_RF, dots_R = gate_gradients(inner_RF, grad_hidden_RF, by_row(weights_NK, choice_R))
-    grads: list[Tensor | None] = [None] * 4
-    if needs_fc2:
-        grads[3] = F.grouped_mm(hidden_RF.t(), grad_RD, offs=ends_E)
-    del grad_RD, grad_hidden_RF, hidden_RF
-    if needs_fc1:
-        grads[2] = F.grouped_mm(x_ND.index_select(0, token_R).t(), grad_inner_RF, offs=ends_E)
-    if needs_x:
-        grads[0] = sum_rows(F.grouped_mm(grad_inner_RF, fc1.transpose(1, 2), offs=ends_E), row_NK)
-    if weights_NK is not None and dots_R is not None:
-        grads[1] = dots_R[row_NK].to(weights_NK.dtype)
-    return grads
