@@ -21,13 +21,13 @@ from cantata.core.config import Composed, compose, load
 from cantata.core.errors import ConfigError
 from cantata.core.locate import configs_dir, recipes_dir
 from cantata.core.target import TARGET, find_target
-from cantata.train.stage import WEIGHTS_WANTED, FineTuneStage, LanguageStage
+from cantata.train.stage import WEIGHTS_WANTED, FineTuneStage, LanguageStage, LoRAStage
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES: dict[str, type[LanguageStage]] = {"pretrain": LanguageStage, "sft": FineTuneStage}
+STAGES: dict[str, type[LanguageStage]] = {"pretrain": LanguageStage, "sft": FineTuneStage, "lora": LoRAStage}
 """Primary configs and their schemas."""
 FINE_TUNES = ("emoji_sft", "nlvr_mini", "aria_nlvr2", "aria_refcoco", "aria_nextqa", "aria_code")
-"""Experiments of `sft`; all others are `pretrain`'s."""
+"""Experiments of `sft`; those that end in `_lora` are `lora`'s and all others `pretrain`'s."""
 MADE_UP = "made-up"
 """Stands in for a value that a config leaves to the user."""
 
@@ -48,6 +48,8 @@ def made_up(content: Any) -> Any:
 
 
 def stage_of(*overrides: str) -> str:
+    if any(one.startswith("experiment=") and one.endswith("_lora") for one in overrides):
+        return "lora"
     return "sft" if {f"experiment={name}" for name in FINE_TUNES} & set(overrides) else "pretrain"
 
 

@@ -30,10 +30,12 @@ class Verb(NamedTuple):
 VERBS = {
     "pretrain": Verb("Train a model from scratch, or on from weights.", recipe="pretrain.py"),
     "sft": Verb("Fine-tune a model on conversations.", recipe="sft.py"),
+    "lora": Verb("Fine-tune a model with low-rank adapters.", recipe="lora.py"),
     "plan": Verb("Memory, traffic and work of a stage on any number of ranks.", module="cantata.tools.plan"),
     "inspect": Verb("The data of a stage as its model reads it, as a page.", module="cantata.tools.inspect"),
     "verify": Verb("Compare a Hugging Face folder's model with transformers.", module="cantata.tools.verify"),
     "export": Verb("Write a checkpoint as a Hugging Face folder.", module="cantata.tools.export"),
+    "generate": Verb("Let a model answer prompts with images.", module="cantata.tools.generate"),
     "demo": Verb(
         "Pretrain a small Aria on emoji in minutes and let it name a few.", module="cantata.tools.demo"
     ),

@@ -35,14 +35,7 @@ from cantata.models.aria.model import aria_from_hub
 from cantata.models.hub import HubReader, parameter_shapes, save_to_hub
 from cantata.parallel.mesh import MeshConfig, build_mesh
 from cantata.parallel.recompute import Recompute
-from cantata.tools.verify import (
-    Sample,
-    pack,
-    relative_error,
-    synthetic_samples,
-    transformers_inputs,
-    transformers_name,
-)
+from cantata.tools.verify import Sample, pack, relative_error, synthetic_samples, transformers_inputs
 from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.objectives import NextToken
 from tests.distributed.spawn import run_ranks
@@ -95,7 +88,7 @@ def ours(directory: Path, layout: AriaLayout) -> dict[str, Any]:
     totals = StepTotals(batch.num_tokens, sum(targets(layout)), sum(targets(layout)))
     engine.forward_backward(batch, NextToken(model.balance), totals, last=True)
     gradients = {
-        transformers_name(layout.to_hub(name)): whole(parameter.grad)
+        layout.transformers_name(name): whole(parameter.grad)
         for name, parameter in engine.model.named_parameters()
         if parameter.grad is not None
     }

@@ -56,6 +56,8 @@ TINY_SFT = (
     "checkpoint.best=null",
 )
 
+TINY_LORA = ("experiment=emoji_lora", *TINY_SFT[1:])
+
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
@@ -78,6 +80,11 @@ def sft(out: Path, *overrides: str) -> int:
     return _run("sft", *TINY_SFT, f"out={out}", *overrides)
 
 
+def lora(out: Path, *overrides: str) -> int:
+    """Exit code of `cantata lora` with the tiny model on the embedded emoji, in this process."""
+    return _run("lora", *TINY_LORA, f"out={out}", *overrides)
+
+
 def _run(*arguments: str) -> int:
     argv = sys.argv
     with _signals_kept():
@@ -91,7 +98,7 @@ def _run(*arguments: str) -> int:
 
 def command(out: Path, *overrides: str, stage: str = "pretrain") -> list[str]:
     """A recipe's command line without its launcher."""
-    tiny = {"pretrain": TINY, "sft": TINY_SFT}[stage]
+    tiny = {"pretrain": TINY, "sft": TINY_SFT, "lora": TINY_LORA}[stage]
     return [str(recipes_dir() / f"{stage}.py"), *tiny, f"out={out}", *overrides]
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -83,7 +84,7 @@ class HubReader:
         found = {key: file for file in sorted(set(weight_map.values())) for key in self._file_keys(file)}
         lost = sorted(key for key in weight_map if key not in found)
         if lost:
-            raise ConfigError(f"{self.directory}: the index names keys that no file holds: {_listed(lost)}")
+            raise ConfigError(f"{self.directory}: the index names keys that no file holds: {listed(lost)}")
         return found
 
     def _file_keys(self, file: str) -> Iterable[str]:
@@ -107,7 +108,7 @@ class HubReader:
             if shape != tuple(expected[key]):
                 misshapen.append(f"{key} {list(shape)} instead of {list(expected[key])}")
         problems = [
-            f"{len(keys)} {what}: {_listed(keys)}"
+            f"{len(keys)} {what}: {listed(keys)}"
             for what, keys in (("missing", missing), ("unexpected", extra), ("misshapen", misshapen))
             if keys
         ]
@@ -116,7 +117,8 @@ class HubReader:
             raise ConfigError(f"{self.directory}: the checkpoint does not fit the model; {found}")
 
 
-def _listed(keys: list[str]) -> str:
+def listed(keys: Sequence[str]) -> str:
+    """The first few, in part of a line."""
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     return ", ".join(keys[:_SHOWN]) + more
 
@@ -132,6 +134,24 @@ def load_from_hub(model: nn.Module, layout: HubLayout, directory: str | Path) ->
     with torch.no_grad():
         for name in reader:
             model.get_parameter(name).copy_(reader.read(name))
+
+
+def begin(directory: Path) -> Path:
+    """The empty folder `<directory>.incomplete`; `ConfigError` if `directory` exists already."""
+    if directory.exists():
+        raise ConfigError(f"{directory} exists already; remove it or export to another directory")
+    path = directory.with_name(directory.name + ".incomplete")
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `directory` if all goes well: see `begin`."""
+    path = begin(directory)
+    yield path
+    path.rename(directory)
 
 
 class HubWriter:
@@ -154,10 +174,7 @@ class HubWriter:
         self._dtypes: set[torch.dtype] = set()
 
     def __enter__(self) -> Self:
-        if self.directory.exists():
-            raise ConfigError(f"{self.directory} exists already; remove it or export to another directory")
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
+        begin(self.directory)
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:

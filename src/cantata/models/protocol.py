@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cantata.core.samples import Processor
 from cantata.core.types import Batch, ModelOutput
+from cantata.nn.attention import Attend
 from cantata.nn.moe.balance import BalanceConfig
 from cantata.nn.moe.layer import MoELayer
 
@@ -33,6 +34,14 @@ class HubLayout(Protocol):
 
     def hub_shape(self, name: str, shape: torch.Size) -> torch.Size:
         """The shape that the hub's tensor has, where a reshape is all that differs."""
+        ...
+
+    def transformers_name(self, name: str) -> str:
+        """What transformers' model in memory calls a native parameter."""
+        ...
+
+    def is_attention_output(self, name: str) -> bool:
+        """Whether a native parameter is of the `out_proj` of an `nn.MultiheadAttention` there."""
         ...
 
     def hub_config(self) -> dict[str, object]:
@@ -87,6 +96,35 @@ class EmbedsTokens(Protocol):
     @property
     def token_embedding(self) -> nn.Module:
         """From token ids (T,) to vectors (T, D), of which image features then replace the placeholders'."""
+        ...
+
+
+class DecodingStep(Protocol):
+    """One forward of a generation: how its layers attend, and where their keys and values are kept."""
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether the batch holds whole prompts, with their images; else one new token of each sequence."""
+        ...
+
+    def attention(self, layer: int) -> Attend:
+        """What the self-attention of a layer, counted from 0, attends with in this forward."""
+        ...
+
+
+@runtime_checkable
+class Decodes(Protocol):
+    """A language model that goes on with sequences whose keys and values are kept."""
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence that it is made for, in tokens."""
+        ...
+
+    def __call__(
+        self, batch: Batch, *, with_logits: bool = False, step: DecodingStep | None = None
+    ) -> ModelOutput:
+        """With a step, for a batch without targets or padding: only the logits after each sample, (S, V)."""
         ...
 
 

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from cantata.core.errors import RunError
+from cantata.models.lora import base_names
+from cantata.nn.lora import LoRAEmbedding, fill_factor, is_factor
 
 Index = tuple[slice, ...]
 
@@ -42,7 +44,10 @@ class Initializable(Protocol):
 
 
 class RandomInit:
-    """Initial values, drawn whole on the host in fp32 so that every layout and device gets the same."""
+    """Initial values, drawn whole on the host in fp32 so that every layout and device gets the same.
+
+    A model fills its own tensors, `nn.lora` the factors of adapters.
+    """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
         """Take shapes from `model` (meta and sharded will do), values from its `init_parameter`."""
@@ -50,6 +55,9 @@ class RandomInit:
             raise TypeError(f"{type(model).__name__} lacks init_parameter; see cantata.models.protocol")
         self._model: Initializable = model
         self._seed = seed
+        self._adapted_embeddings = {
+            name for name, part in model.named_modules() if isinstance(part, LoRAEmbedding)
+        }
         tensors = [*model.named_parameters(), *model.named_buffers()]
         self._specs = {
             name: (tensor.shape, torch.float32 if tensor.is_floating_point() else tensor.dtype)
@@ -66,7 +74,11 @@ class RandomInit:
         # manual_seed takes 63 bits without a sign.
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         with torch.no_grad():
-            self._model.init_parameter(name, whole, generator)
+            if is_factor(name):
+                parent, _, leaf = name.rpartition(".")
+                fill_factor(leaf, whole, generator, embedding=parent in self._adapted_embeddings)
+            else:
+                self._model.init_parameter(name, whole, generator)
         return whole[index] if index else whole
 
 
@@ -121,8 +133,12 @@ def materialize(
 
 
 def persistent_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, then the buffers that are saved with the model; a shared one once, by its first name."""
-    yield from model.named_parameters()
+    """Parameters, then the buffers that are saved with the model; a shared one once, by its first name.
+
+    Without what an adapted model keeps as it came (`models.lora.base_names`): that is read again.
+    """
+    base = base_names(model)
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if name not in base)
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:

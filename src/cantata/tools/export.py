@@ -1,52 +1,27 @@
-"""`cantata export CHECKPOINT --to DIR`: a run's checkpoint as a Hugging Face directory, tensor by tensor."""
+"""`cantata export CHECKPOINT --to DIR`: a run's model or adapter for others to load, tensor by tensor."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
 
-from cantata.core.build import build
-from cantata.core.config import read_config
 from cantata.core.errors import CantataError, ConfigError, RunError
+from cantata.models.adapter_files import is_adapter
 from cantata.models.hub import HubWriter
-from cantata.models.protocol import LanguageModel
 from cantata.parallel.materialize import persistent_tensors
 from cantata.tools.arguments import Parser
-from cantata.train.checkpoint_files import CheckpointFiles, is_complete, read_state
-from cantata.train.checkpoint_tensors import StoredTensors, differences
+from cantata.tools.export_adapter import export_adapter, merge_folder, merged_run, require_base
+from cantata.tools.runs import OpenRun, open_run
 from cantata.train.humane import count, size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 UNITS = {"MB": 10**6, "GB": 10**9}
-_MODEL = "model."
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The complete checkpoint that `path` is, or the newest of the run directory that it is.
-
-    Raises `ConfigError` where there is none.
-    """
-    found = path if is_complete(path) else CheckpointFiles(path).newest()
-    if found is None:
-        raise ConfigError(f"{path} is neither a complete checkpoint nor a run directory that holds one")
-    return found.absolute()
-
-
-def build_section(config: dict[str, Any], key: str, path: Path) -> Any:
-    """What the slot `key` of a run's configuration describes; messages name `path`."""
-    node = config.get(key)
-    if not isinstance(node, dict):
-        raise ConfigError(f"{path} has no {key}; is it the config.yaml of a run?")
-    try:
-        return build(node)
-    except ConfigError as error:
-        raise ConfigError(f"{path}, {key}: {error}") from error
 
 
 def export(
@@ -55,47 +30,60 @@ def export(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     write: Callable[[str], None],
+    *,
+    merge: bool = False,
+    base: Path | None = None,
 ) -> None:
-    """Write the model of a checkpoint to `directory`, in the layout that transformers loads.
+    """Write the model or the adapter of a checkpoint to `directory`, in the layout that others load.
 
-    Needs the memory of one shard and of the two largest tensors, however large the model is.
+    A whole model needs the memory of one shard and of the two largest tensors, however large it is.
 
     Args:
-        checkpoint: a checkpoint, or a run directory: its newest one.
-        dtype: of the written weights; None keeps what is stored.
+        checkpoint: a checkpoint, a run directory (its newest one), or an adapter's folder in PEFT's format.
+        dtype: of the written weights; None keeps what is stored, of a merged model what its base has.
         write: takes the lines that say what was written and what was not.
+        merge: write the whole model that an adapter makes of its base, not the adapter.
+        base: the Hugging Face folder that an adapter adapts; None: where training read it.
 
     Raises:
         ConfigError: no complete checkpoint, no usable `config.yaml` beside it, a checkpoint of another
-            model, or `directory` exists already.
+            model, another base than training's, or `directory` exists already.
         RunError: the checkpoint is damaged, the disk refuses, or a balance bias would be lost.
     """
-    path = find_checkpoint(checkpoint)
-    source = path.parent.parent / "config.yaml"
-    if not source.is_file():
-        raise ConfigError(f"{path}: the model is described in {source}, which is not there; put it back")
-    config = read_config(source)
-    with torch.device("meta"):
-        model: nn.Module = build_section(config, "model", source)
-    if not isinstance(model, LanguageModel):
-        raise ConfigError(f"{source}: {type(model).__name__} cannot be exported")
-    processor = build_section(config, "collator", source).processor
-    layout = model.hub_layout()
-    layout.hub_config()
-    stored = StoredTensors(path)
-    _check_model(model, stored)
-    _check_buffers(model, stored)
-    with HubWriter(directory, layout, max_shard_bytes) as writer:
-        notes = layout.write_processor(processor, writer.path)
-        for name, _ in model.named_parameters():
-            writer.write(name, stored.read(_MODEL + name).to(dtype))
-    shapes = [parameter.shape.numel() for parameter in model.parameters()]
-    files = [file.stat().st_size for file in directory.glob("*.safetensors")]
-    step = read_state(path)["step"]
-    write(
-        f"{directory}: {count(sum(shapes))} parameters, {size(sum(files))} in {_files(len(files))}, "
-        f"from {path} (step {step})"
-    )
+    if is_adapter(checkpoint):
+        folder = require_base(checkpoint, base, merge=merge)
+        title = merge_folder(checkpoint, folder, directory, dtype, max_shard_bytes)
+        _report(directory, title, [], write)
+        return
+    run = open_run(checkpoint)
+    if run.lora is None and (merge or base is not None):
+        raise ConfigError(f"{run.path} holds a whole model and no adapter; leave out --merge and --base")
+    run.layout.hub_config()
+    _check_buffers(run)
+    if run.lora is not None and not merge:
+        export_adapter(run, run.lora, base, directory, dtype, write)
+        return
+    merged = None if run.lora is None else merged_run(run, run.lora, base, dtype)
+    with HubWriter(directory, run.layout, max_shard_bytes) as writer:
+        notes = run.layout.write_processor(run.processor, writer.path)
+        if merged is not None:
+            for name in merged:
+                writer.write(name, merged.read(name))
+        else:
+            for name, _ in run.model.named_parameters():
+                writer.write(name, run.read(name).to(dtype))
+    _report(directory, run.title if merged is None else f"{run.title}, merged", notes, write)
+
+
+def _report(directory: Path, title: str, notes: Sequence[str], write: Callable[[str], None]) -> None:
+    elements = 0
+    files = sorted(directory.glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            shapes = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118
+        elements += sum(math.prod(shape) for shape in shapes)
+    total = size(sum(file.stat().st_size for file in files))
+    write(f"{directory}: {count(elements)} parameters, {total} in {_files(len(files))}, from {title}")
     for note in notes:
         write(note)
 
@@ -104,21 +92,13 @@ def _files(number: int) -> str:
     return f"{number} file" + ("s" if number > 1 else "")
 
 
-def _check_model(model: nn.Module, stored: StoredTensors) -> None:
-    wanted = {_MODEL + name: tensor.shape for name, tensor in persistent_tensors(model)}
-    found = {name: shape for name, shape in stored.shapes.items() if name.startswith(_MODEL)}
-    problems = differences(found, wanted)
-    if problems:
-        raise ConfigError(f"{stored.path} is of another model than its config.yaml describes: {problems}")
-
-
-def _check_buffers(model: nn.Module, stored: StoredTensors) -> None:
+def _check_buffers(run: OpenRun) -> None:
     """Raise where the published model would route otherwise: its layout has no place for a balance bias."""
-    parameters = {name for name, _ in model.named_parameters()}
-    for name, _ in persistent_tensors(model):
-        if name not in parameters and stored.read(_MODEL + name).any():
+    parameters = {name for name, _ in run.model.named_parameters()}
+    for name, _ in persistent_tensors(run.model):
+        if name not in parameters and run.read(name).any():
             raise RunError(
-                f"{stored.path}: {name} is not zero, and a published checkpoint has no place for it: without "
+                f"{run.path}: {name} is not zero, and a published checkpoint has no place for it: without "
                 "it tokens would go to other experts; publish a run that balances by its losses alone "
                 "(model.text.moe.balance.bias_update_rate=0 from its start)"
             )
@@ -140,18 +120,29 @@ def main(arguments: Sequence[str]) -> int:
         "checkpoint",
         metavar="CHECKPOINT",
         type=Path,
-        help="RUN/checkpoints/step-..., or RUN: its newest complete checkpoint",
+        help="RUN/checkpoints/step-..., RUN: its newest complete checkpoint, or the folder of an adapter",
+    )
+    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="the folder to write")
+    parser.add_argument(
+        "--merge", action="store_true", help="of a LoRA run write the whole model, its adapter merged"
     )
     parser.add_argument(
-        "--to", metavar="DIR", type=Path, required=True, help="the Hugging Face directory to write"
+        "--base",
+        metavar="HF_DIR",
+        type=Path,
+        help="what the adapter adapts (default: the run's model.weights)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the weights (default: as stored; merged: as in the base)"
+    )
     parser.add_argument(
         "--max-shard-size", type=shard_bytes, default="5GB", help="largest file of weights (%(default)s)"
     )
     given = parser.parse_args(arguments)
     try:
-        export(given.checkpoint, given.to, DTYPES.get(given.dtype), given.max_shard_size, print)
+        dtype = DTYPES.get(given.dtype)
+        shard = given.max_shard_size
+        export(given.checkpoint, given.to, dtype, shard, print, merge=given.merge, base=given.base)
     except OSError as error:
         raise CantataError(f"{error.filename or given.to}: {error.strerror or error}") from error
     return 0

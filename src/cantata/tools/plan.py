@@ -24,10 +24,14 @@ from cantata.core.target import TARGET
 from cantata.tools.arguments import Parser
 from cantata.train import humane, startup
 from cantata.train.plan import Plan, make_plan
-from cantata.train.stage import FineTuneStage, LanguageStage
+from cantata.train.stage import FineTuneStage, LanguageStage, LoRAStage
 from cantata.train.startup import GroupRow
 
-STAGES: dict[str, type[LanguageStage]] = {"pretrain": LanguageStage, "sft": FineTuneStage}
+STAGES: dict[str, type[LanguageStage]] = {
+    "pretrain": LanguageStage,
+    "sft": FineTuneStage,
+    "lora": LoRAStage,
+}
 UNREAD = ("data.", "collator.", "model.weights")
 """Where a config may leave values to the user that a plan has no use for."""
 STAND_IN = "not-read-by-plan"

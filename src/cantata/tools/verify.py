@@ -153,15 +153,6 @@ def run_native(model: Aria, samples: Sequence[Sample], layout: AriaLayout) -> tu
     return loss.detach(), output.logits_TV.detach()[: batch.num_tokens]
 
 
-def transformers_name(hub_key: str) -> str:
-    """The name that a hub key has in transformers' model in memory."""
-    name = hub_key.replace("experts.fc1.weight", "experts.gate_up_proj")
-    name = name.replace("experts.fc2.weight", "experts.down_proj")
-    if name.startswith("language_model.lm_head."):
-        return name.removeprefix("language_model.")
-    return "model." + name.replace("language_model.model.", "language_model.", 1)
-
-
 def relative_error(value: Tensor, reference: Tensor, scale_of: Tensor) -> float:
     """Largest difference over the largest absolute value of `scale_of`."""
     scale = float(scale_of.abs().max())
@@ -178,7 +169,7 @@ def compare(native: Aria, reference: Any, layout: AriaLayout, seed: int) -> Iter
     yield Check("loss", relative_error(loss, reference_loss, reference_loss), LOSS_BOUND)
     gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
     for name, parameter in native.named_parameters():
-        key = transformers_name(layout.to_hub(name))
+        key = layout.transformers_name(name)
         expected = gradients[key]
         if expected is None and parameter.grad is None:
             continue

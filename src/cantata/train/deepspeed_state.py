@@ -42,8 +42,8 @@ class WholeState:
         self.optimizer = optimizer
         self.shapes = shapes
         self.device = device
-        saved = {name for name, _ in persistent_tensors(model)}
-        self.buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+        self.saved = {name for name, _ in persistent_tensors(model)}
+        self.buffers = {name: buffer for name, buffer in model.named_buffers() if name in self.saved}
         self.moments = start_adam(optimizer, stage.flats())
         # Every trained parameter takes part in every update, so one count is true of all.
         self.counts = [f"optimizer.{name}.{_STEP}" for name in stage.trained]
@@ -110,7 +110,8 @@ class WholeState:
     def _entries(self) -> Iterator[tuple[str, str, str | None]]:
         """Key, parameter and moment (None: the parameter itself) of every whole tensor."""
         for name in self.shapes:
-            yield f"model.{name}", name, None
+            if name in self.saved:
+                yield f"model.{name}", name, None
         for name in self.stage.trained:
             for moment in self.moments:
                 yield f"optimizer.{name}.{moment}", name, moment

@@ -14,9 +14,11 @@ from cantata.core.build import build
 from cantata.data.drops import sum_drops
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
+from cantata.models.lora import matched
 from cantata.models.protocol import LanguageModel
 from cantata.parallel.expert import check_ranks
 from cantata.parallel.mesh import MeshSizes, validate
+from cantata.train import humane
 from cantata.train.engine import Engine
 from cantata.train.evaluate import Evaluation
 from cantata.train.flops import device_name
@@ -24,7 +26,7 @@ from cantata.train.listeners import Telemetry
 from cantata.train.memory import MemoryEstimate, estimate_memory, layout_of
 from cantata.train.optim import optimizer_defaults, parameter_groups
 from cantata.train.progress import Summary
-from cantata.train.stage import LanguageStage
+from cantata.train.stage import LanguageStage, LoRAStage
 from cantata.train.startup import Experts, GroupRow, SourceRow, StartupReport
 from cantata.train.traffic import Traffic, traffic
 
@@ -132,8 +134,23 @@ def report(
         memory=needs.memory,
         traffic=needs.traffic,
         flops_per_step=tokens * model.flops_per_token(train.sequence_length),
-        notes=notes,
+        notes=[*adapters(stage, model), *notes],
     )
+
+
+def adapters(stage: LanguageStage, model: LanguageModel) -> list[str]:
+    """What each pattern under `lora.targets` has matched."""
+    assert isinstance(model, nn.Module)
+    if not isinstance(stage, LoRAStage):
+        return []
+    lora, lines = stage.lora, matched(model)
+    width = max(len(line.pattern) for line in lines)
+    begun = "new" if lora.adapter is None else f"from {lora.adapter}"
+    rows = [
+        f"  {pattern:<{width}}  {count:,} targets, {humane.count(size)} parameters"
+        for pattern, count, size in lines
+    ]
+    return [f"LoRA r {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g} ({begun})", *rows]
 
 
 def dropped(loader: Loader, held_out: HeldOut) -> list[str]:

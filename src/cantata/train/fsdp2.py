@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from cantata.core.errors import ConfigError, RunError
 from cantata.core.types import Batch, StepTotals
+from cantata.models.lora import base_names
 from cantata.parallel.fsdp import Sharding, sharded_modules
 from cantata.parallel.materialize import Source, materialize, persistent_tensors
 from cantata.parallel.mesh import RankMesh
@@ -51,7 +52,8 @@ class FSDP2Engine:
         parameters: rates, decay and freezing by name pattern.
         device: of this rank.
         precision: what forward and backward compute in.
-        state_dtype: what shards, accumulated gradients and optimizer state are kept in.
+        state_dtype: what shards, accumulated gradients and optimizer state are kept in; what adapters leave
+            as it came is kept in `precision`.
         offload: `none` or `parameters`.
 
     Raises:
@@ -88,17 +90,20 @@ class FSDP2Engine:
                 "engine.state_dtype=bf16 needs engine.precision=bf16: fp32 computed from bf16 parameters "
                 "is not fp32"
             )
-        base = optimizer_defaults(optimizer)
+        defaults = optimizer_defaults(optimizer)
         # On meta first, so that a misspelt pattern is found before anything is allocated.
-        parameter_groups(model, parameters, *base)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(_DTYPES[state_dtype])
+        parameter_groups(model, parameters, *defaults)
+        base = base_names(model)
+        for name, parameter in model.named_parameters():
+            # What never changes and is never saved needs no more bits than it computes with.
+            kept_in = precision if name in base else state_dtype
+            parameter.data = parameter.data.to(_DTYPES[kept_in])
         offloaded = offload is Offload.parameters
         sharding = Sharding(_DTYPES[precision], offloaded)
         apply_plan(model, recompute=recompute, compile=compile, mesh=mesh, sharding=sharding)
         materialize(model, source, device, torch.device("cpu") if offloaded else None)
 
-        groups = parameter_groups(model, parameters, *base)
+        groups = parameter_groups(model, parameters, *defaults)
         self.model = model
         self.summary = describe_groups(groups, model)
         self.settings = f"fsdp2, {precision.value}, states {state_dtype.value}, offload {offload.value}"

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_
 
 
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:
@@ -21,8 +20,7 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     """
     squares = []
     for members in by_mesh(gradients):
-        local = [member.to_local() if isinstance(member, DTensor) else member for member in members]
-        norms = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float64))
+        norms = torch.stack(torch._foreach_norm(_shards(members), 2, dtype=torch.float64))
         squares.append(_sum_over_shards(norms.square().sum(), members[0]))
     if not squares:
         return torch.zeros((), dtype=torch.float64)
@@ -41,8 +39,15 @@ def _sum_over_shards(square: Tensor, like: Tensor) -> Tensor:
 
 def clip(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
     """Scale every gradient by `max_norm / norm` where that is below 1."""
-    for members in by_mesh(parameters):
-        clip_grads_with_norm_(members, max_norm, norm.float())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        # Shards alone: for a list of DTensors torch plans for seconds, once for every mesh.
+        factor = (max_norm / (norm.float() + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(_shards(gradients), factor.to(gradients[0].device))
+
+
+def _shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

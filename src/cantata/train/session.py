@@ -36,7 +36,7 @@ from cantata.train.neftune import add_noise
 from cantata.train.optim import optimizer_defaults
 from cantata.train.preempt import StopRequest
 from cantata.train.progress import Console
-from cantata.train.stage import LanguageStage, build_engine
+from cantata.train.stage import LanguageStage, base_identity, build_engine
 from cantata.train.startup import StartupReport
 from cantata.train.window import Device, Window
 
@@ -79,6 +79,7 @@ def run_session(
         interval, early = ExpertInterval(), EarlyStopping(stage.train.early_stopping, stop)
         best = Best(stage.checkpoint.best)
         kept: dict[str, Kept] = {"window": window, "experts": interval, "early_stopping": early}
+        kept |= base_identity(stage)
         saving = Saving(checkpointer, engine, loader, kept, console, stage.train.max_steps, best)
         start = saving.resume()
         save_config(resolved, stage.out / "config.yaml")

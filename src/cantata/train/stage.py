@@ -18,11 +18,15 @@ from cantata.data.assembly import build_held_out, build_loader
 from cantata.data.config import DataConfig
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
+from cantata.models.adapter_files import AdapterReader
 from cantata.models.hub import HubReader, parameter_shapes
+from cantata.models.lora import LoRAConfig, apply_lora
 from cantata.models.protocol import LanguageModel
+from cantata.nn.lora import is_factor
 from cantata.parallel.materialize import RandomInit, Source
 from cantata.parallel.mesh import MeshConfig, build_mesh
 from cantata.train.accuracy import AccuracyConfig
+from cantata.train.adapter import AdapterValues, BaseIdentity
 from cantata.train.checkpoint import CheckpointConfig
 from cantata.train.cluster import ClusterConfig
 from cantata.train.config import TrainConfig
@@ -92,6 +96,14 @@ class FineTuneStage(LanguageStage):
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoRAStage(FineTuneStage):
+    """Every key of fine-tuning with adapters."""
+
+    lora: LoRAConfig
+    """Which parts get low-rank adapters; all else is frozen."""
+
+
 def require_weights(stage: LanguageStage) -> None:
     """Raise `ConfigError` where nobody has said what to start from."""
     if stage.model["weights"] == WEIGHTS_WANTED:
@@ -102,10 +114,22 @@ def require_weights(stage: LanguageStage) -> None:
 
 
 def build_model(stage: LanguageStage) -> nn.Module:
-    """The model on the meta device: shapes without storage."""
+    """The model on the meta device, with its adapters: shapes without storage.
+
+    Raises `ConfigError` where a pattern of `lora` matches nothing.
+    """
     with torch.device("meta"):
         model: nn.Module = build(stage.model)
+        if isinstance(stage, LoRAStage):
+            apply_lora(model, stage.lora)
     return model
+
+
+def base_identity(stage: LanguageStage) -> dict[str, BaseIdentity]:
+    """What the checkpoints of an adapter keep of the weights that it adapts."""
+    if not isinstance(stage, LoRAStage):
+        return {}
+    return {"base": BaseIdentity(stage.model["weights"], stage.seed)}
 
 
 def build_data(stage: LanguageStage, model: nn.Module) -> tuple[Loader, HeldOut]:
@@ -145,8 +169,20 @@ def build_engine(stage: LanguageStage, model: nn.Module) -> Engine:
 
 
 def initial_values(stage: LanguageStage, model: nn.Module) -> Source:
-    """Random values from the seed, or the published checkpoint that `model.weights` names."""
+    """Random values from the seed, or the checkpoint that `model.weights` names; of adapters, theirs."""
+    if not isinstance(stage, LoRAStage):
+        return base_values(stage.model["weights"], stage.seed, model)
     assert isinstance(model, LanguageModel)
-    if stage.model["weights"] is None:
-        return RandomInit(model, stage.seed)
-    return HubReader(stage.model["weights"], model.hub_layout(), parameter_shapes(model))
+    base, saved = base_values(stage.model["weights"], stage.seed, model), None
+    if stage.lora.adapter is not None:
+        saved = AdapterReader(stage.lora.adapter, model.hub_layout(), model, stage.lora, base)
+    return AdapterValues(model, base, saved, stage.seed)
+
+
+def base_values(weights: str | None, seed: int, model: nn.Module) -> Source:
+    """The values of a model's own parameters, adapters left out."""
+    assert isinstance(model, LanguageModel)
+    if weights is None:
+        return RandomInit(model, seed)
+    shapes = {name: shape for name, shape in parameter_shapes(model).items() if not is_factor(name)}
+    return HubReader(weights, model.hub_layout(), shapes)

@@ -48,6 +48,10 @@ def test_tokenizer_and_chat_template(tmp_path: Path) -> None:
     assert generation.eos_token_id == list(processor.stop_token_ids)
 
 
+def test_images_that_were_split_are_told_of(tmp_path: Path) -> None:
+    assert any("split_image is written as false" in note for note in written(tmp_path, split_image=True))
+
+
 def test_the_template_spells_the_runs_tokens(tmp_path: Path) -> None:
     written(tmp_path, message_end="<|endoftext|>", image_prefix="<|im_start|>")
     template = (tmp_path / "chat_template.jinja").read_text()

@@ -30,6 +30,15 @@ _NAMES = (
 )
 """Native name to hub key; the first pattern that matches the beginning decides."""
 
+_IN_MEMORY = (
+    (r"\.experts\.fc1\.weight$", ".experts.gate_up_proj"),
+    (r"\.experts\.fc2\.weight$", ".experts.down_proj"),
+    (r"^language_model\.(lm_head\.)", r"\1"),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+)
+"""Hub key to the name in transformers' model in memory."""
+
 _PATCHES = "vision.embeddings.patch_embedding.weight"
 
 _VISION_ABSENT: dict[str, Any] = {
@@ -82,6 +91,17 @@ class AriaLayout(NamedTuple):
             if matches:
                 return hub
         raise KeyError(name)
+
+    def transformers_name(self, name: str) -> str:
+        """What `AriaForConditionalGeneration` calls a native parameter, once it is loaded."""
+        hub = self.to_hub(name)
+        for pattern, key in _IN_MEMORY:
+            hub = re.sub(pattern, key, hub)
+        return hub
+
+    def is_attention_output(self, name: str) -> bool:
+        """The projector's attention is an `nn.MultiheadAttention` there."""
+        return name.startswith("projector.cross_attn.out_proj.")
 
     def hub_shape(self, name: str, shape: torch.Size) -> torch.Size:
         """The patch embedding is a convolution there: (D, channels, rows, columns)."""

@@ -13,6 +13,11 @@ from cantata.models.aria.processor import AriaProcessor
 PUBLISHED_SIZES = (490, 980)
 """The image sizes that transformers' image processor takes, in pixels."""
 
+_NO_SPLIT = (
+    "split_image is written as false: transformers cuts crops at other places than this run, and leaves out "
+    "the whole image before them"
+)
+
 _TEMPLATE = "embedded:chat_template.jinja"
 _TEMPLATE_TOKENS = ("<fim_prefix>", "<|img|>", "<fim_suffix>", "<|im_start|>", "<|im_end|>")
 
@@ -43,12 +48,13 @@ def write_processor(processor: AriaProcessor, projector: AriaProjectorConfig, di
     )
     template = _chatml(processor) if processor.template is None else processor.template.source
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    notes = [_NO_SPLIT] if processor.split_image else []
     if processor.image_size not in PUBLISHED_SIZES:
         sizes = " or ".join(map(str, PUBLISHED_SIZES))
         found = f"transformers takes images of {sizes} pixels, this run's have {processor.image_size}"
-        return [f"no processor_config.json: {found}"]
+        return [*notes, f"no processor_config.json: {found}"]
     _write_image_processor(processor, projector, directory)
-    return []
+    return notes
 
 
 def _chatml(processor: AriaProcessor) -> str:

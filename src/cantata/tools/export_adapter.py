@@ -1,0 +1,112 @@
+"""What `cantata export` does with adapters: write one in PEFT's format, or merge one into its base."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cantata.core.errors import ConfigError
+from cantata.models.adapter_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    AdapterReader,
+    read_lora_config,
+    whole,
+)
+from cantata.models.adapter_names import saved_parameters
+from cantata.models.adapter_writer import AdapterWriter
+from cantata.models.aria.model import aria_from_hub
+from cantata.models.hub import CONFIG, INDEX, HubWriter, parameter_shapes, staged
+from cantata.models.lora import LoRAConfig, apply_lora
+from cantata.models.merge import MergedWeights
+from cantata.nn.lora import is_factor
+from cantata.tools.runs import OpenRun
+from cantata.train.humane import count, size
+from cantata.train.stage import base_values
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_OWN = (CONFIG, INDEX, ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md")
+
+
+def export_adapter(
+    run: OpenRun,
+    lora: LoRAConfig,
+    base: Path | None,
+    directory: Path,
+    dtype: torch.dtype | None,
+    write: Callable[[str], None],
+) -> None:
+    """Write a run's adapter to `directory` in PEFT's format, with tokenizer and processor files.
+
+    Raises `ConfigError` where PEFT has no place for a part of it, or `directory` exists already, and
+    `RunError` where the checkpoint is damaged or the disk refuses.
+    """
+    weights = run.config["model"]["weights"] if base is None else str(base)
+    writer = AdapterWriter(run.model, run.layout, lora, weights)
+    source = run.base(base)
+    trained = {*saved_parameters(run.model), *(n for n, _ in run.model.named_parameters() if is_factor(n))}
+    shapes = {name: parameter.shape for name, parameter in run.model.named_parameters()}
+
+    def read(name: str) -> torch.Tensor:
+        return run.read(name) if name in trained else source.read(name, whole(shapes[name]))
+
+    with staged(directory) as path:
+        notes = [*writer.write(path, read, dtype), *run.layout.write_processor(run.processor, path)]
+    elements = sum(shapes[name].numel() for name in trained)
+    bytes_written = (directory / ADAPTER_WEIGHTS).stat().st_size
+    write(f"{directory}: an adapter of {count(elements)} parameters, {size(bytes_written)}, from {run.title}")
+    if weights is None:
+        notes.append(
+            "no folder holds what it adapts, random values (model.weights: null): "
+            "to use it elsewhere export a merged model with --merge"
+        )
+    for note in notes:
+        write(note)
+
+
+def merged_run(run: OpenRun, lora: LoRAConfig, base: Path | None, dtype: torch.dtype | None) -> MergedWeights:
+    """The weights of a run's model, its adapter merged."""
+    return MergedWeights(run.model, run.layout, lora, run.base(base), run.read, dtype)
+
+
+def merge_folder(
+    adapter: Path, base: Path, directory: Path, dtype: torch.dtype | None, max_shard_bytes: int
+) -> str:
+    """Merge an adapter in PEFT's format into the Hugging Face folder `base`; returns what was merged.
+
+    Other files (a tokenizer, say) are copied, the adapter's where both folders have one.
+
+    Raises `ConfigError` where the two do not fit or `directory` exists already.
+    """
+    with torch.device("meta"):
+        model = aria_from_hub(base)
+    layout = model.hub_layout()
+    lora = read_lora_config(adapter, layout, model)
+    source = base_values(str(base), 0, model)
+    shapes = parameter_shapes(model)
+    apply_lora(model, lora)
+    reader = AdapterReader(adapter, layout, model, lora, source)
+    shapes |= parameter_shapes(model)
+    merged = MergedWeights(
+        model, layout, lora, source, lambda name: reader.read(name, whole(shapes[name])), dtype
+    )
+    with HubWriter(directory, layout, max_shard_bytes) as writer:
+        for folder in (base, adapter):
+            for file in folder.iterdir():
+                if file.is_file() and file.suffix not in _WEIGHTS and file.name not in _OWN:
+                    shutil.copyfile(file, writer.path / file.name)
+        for name in merged:
+            writer.write(name, merged.read(name))
+    return f"{adapter} merged into {base}"
+
+
+def require_base(adapter: Path, base: Path | None, *, merge: bool) -> Path:
+    """Raise `ConfigError` where the folder of an adapter was given and not what to do with it."""
+    if merge and base is not None:
+        return base
+    raise ConfigError(
+        f"{adapter} is an adapter in PEFT's format already; to merge it add --merge --base HF_DIR"
+    )
