@@ -22,12 +22,12 @@ from typing import Any
 import harness
 import torch
 import torch.distributed as dist
+from decoders import Shape, our_decoder
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from train_step import packed
 
 from cantata.core.types import Batch, StepTotals
-from cantata.models.aria import Aria, AriaMoEConfig, AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
 from cantata.nn.moe.balance import BalanceConfig
 from cantata.parallel.materialize import RandomInit
 from cantata.parallel.mesh import MeshConfig, build_mesh
@@ -36,10 +36,10 @@ from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.objectives import NextToken
 
 RANKS = 2
-HIDDEN, LAYERS, HEADS, EXPERTS, TOP_K, SHARED, WIDTH, VOCABULARY = 384, 4, 6, 32, 4, 2, 256, 8192
+SHAPE = Shape(384, 4, 6, num_experts=32, top_k=4, num_shared_experts=2, expert_size=256, vocab_size=8192)
 BALANCE = BalanceConfig(
     aux_loss_coef=1e-3,
-    aux_loss_groups=EXPERTS,
+    aux_loss_groups=SHAPE.num_experts,
     modality_aux_loss_coef={},
     sequence_aux_loss_coef=0.0,
     z_loss_coef=1e-5,
@@ -47,32 +47,8 @@ BALANCE = BalanceConfig(
 )
 
 
-def decoder() -> Aria:
-    """The decoder in Aria; its tower is one narrow layer that sees no patches."""
-    text = AriaTextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        head_dim=HIDDEN // HEADS,
-        rope_theta=1e5,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        initializer_range=0.02,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        moe=AriaMoEConfig(EXPERTS, TOP_K, SHARED, WIDTH, 1, 1, BALANCE),
-    )
-    vision = AriaVisionConfig(16, 16, 1, 1, 28, 14, 3, 1e-6, 0.02)
-    with torch.device("meta"):
-        return Aria(vision, AriaProjectorConfig({4: 1}, 0.02), text, image_token_id=9)
-
-
 def engine_with(ep: int, device: torch.device) -> FSDP2Engine:
-    model = decoder()
+    model = our_decoder(SHAPE, BALANCE)
     return FSDP2Engine(
         model=model,
         mesh=build_mesh(MeshConfig(1, -1, ep), RANKS, device.type),
@@ -142,7 +118,7 @@ def work(rank: int, port: int, quick: bool) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=RANKS)
     lengths = (1, 256) if quick else (2, 512)
-    ids = torch.randint(16, VOCABULARY, lengths, generator=torch.Generator().manual_seed(rank))
+    ids = torch.randint(16, SHAPE.vocab_size, lengths, generator=torch.Generator().manual_seed(rank))
     batch = packed(list(ids)).to(device)
     spread, whole = engine_with(RANKS, device), engine_with(1, device)
     ours, other = step_of(spread, batch), step_of(whole, batch)

@@ -14,77 +14,13 @@ from collections.abc import Callable, Sequence
 
 import harness
 import torch
+from decoders import DEVICE, Shape, filled, our_decoder, peer_decoder
 from torch import Tensor, nn
-from transformers import AriaTextConfig as PeerConfig
-from transformers import AriaTextForCausalLM
 
 from cantata.core.types import IGNORE_INDEX, TEXT, Batch, Images, Segments
-from cantata.models.aria import Aria, AriaMoEConfig, AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
-from cantata.nn.moe.balance import BalanceConfig
-from cantata.parallel.materialize import RandomInit, materialize
+from cantata.models.aria import Aria
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HIDDEN, LAYERS, HEADS, EXPERTS, TOP_K, SHARED, WIDTH = 384, 6, 6, 16, 4, 2, 256
-
-
-def our_model(vocab_size: int) -> Aria:
-    """The decoder in Aria; its tower is one narrow layer that sees no patches."""
-    moe = AriaMoEConfig(EXPERTS, TOP_K, SHARED, WIDTH, 1, 1, BalanceConfig(0.0, EXPERTS, {}, 0.0, 0.0, 0.0))
-    text = AriaTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        head_dim=HIDDEN // HEADS,
-        rope_theta=1e5,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        initializer_range=0.02,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        moe=moe,
-    )
-    vision = AriaVisionConfig(16, 16, 1, 1, 28, 14, 3, 1e-6, 0.02)
-    with torch.device("meta"):
-        model = Aria(vision, AriaProjectorConfig({4: 1}, 0.02), text, image_token_id=9)
-    materialize(model, RandomInit(model, seed=0), DEVICE)
-    return model.to(torch.bfloat16).train()
-
-
-def peer_model(vocab_size: int, ours: Aria) -> nn.Module:
-    """transformers' decoder with our weights."""
-    config = PeerConfig(
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        intermediate_size=WIDTH,
-        moe_num_experts=EXPERTS,
-        moe_topk=TOP_K,
-        moe_num_shared_experts=SHARED,
-        vocab_size=vocab_size,
-        pad_token_id=0,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-        use_cache=False,
-    )
-    model = AriaTextForCausalLM._from_config(
-        config, attn_implementation="sdpa", experts_implementation="grouped_mm", dtype=torch.bfloat16
-    )
-    assert model.config._experts_implementation == "grouped_mm"
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(ours.get_parameter(_our_name(name)))
-    return model.to(DEVICE).train()
-
-
-def _our_name(peer: str) -> str:
-    name = peer.replace("lm_head.weight", "head.weight").replace("model.norm.", "head.norm.")
-    name = name.replace("model.", "text.", 1) if name.startswith("model.") else name
-    return name.replace(".experts.gate_up_proj", ".experts.fc1").replace(".experts.down_proj", ".experts.fc2")
+SHAPE = Shape(384, 6, 6, num_experts=16, top_k=4, num_shared_experts=2, expert_size=256, vocab_size=8192)
 
 
 def packed(samples: Sequence[Tensor]) -> Batch:
@@ -106,8 +42,13 @@ def packed(samples: Sequence[Tensor]) -> Batch:
     ).to(DEVICE)
 
 
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+
 def our_step(model: Aria, samples: Sequence[Tensor]) -> Callable[[], float]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = adamw(model)
     batch = packed(samples)
 
     def step() -> float:
@@ -123,7 +64,7 @@ def our_step(model: Aria, samples: Sequence[Tensor]) -> Callable[[], float]:
 
 def peer_step(model: nn.Module, samples: Sequence[Tensor]) -> Callable[[], float]:
     """The peer's way: rows padded to the longest sample."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = adamw(model)
     ids_BL = nn.utils.rnn.pad_sequence(list(samples), batch_first=True).to(DEVICE)
     lengths = torch.tensor([len(ids) for ids in samples], device=DEVICE)
     mask_BL = torch.arange(ids_BL.shape[1], device=DEVICE)[None] < lengths[:, None]
@@ -176,8 +117,8 @@ def main() -> None:
     pairs = 3 if quick else 7
     print(harness.environment())
 
-    ours = our_model(8192)
-    peer = peer_model(8192, ours)
+    ours = filled(our_decoder(SHAPE, SHAPE.unbalanced))
+    peer = peer_decoder(SHAPE, ours)
     samples = full_rows(8192, 4, 512)
     mine, other = our_step(ours, samples), peer_step(peer, samples)
     print(f"loss of the first step: ours {mine():.5f}, transformers {other():.5f}")
@@ -192,10 +133,11 @@ def main() -> None:
     harness.figure("useful_tokens_per_second_peer", useful / theirs, "tokens/s (transformers, padded)")
 
     vocab_size = 32768 if quick else 100352
-    large = our_model(vocab_size)
+    shape = SHAPE._replace(vocab_size=vocab_size)
+    large = filled(our_decoder(shape, shape.unbalanced))
     samples = full_rows(vocab_size, 4, 512)
     own_bytes = harness.peak_bytes(our_step(large, samples))
-    peer_bytes = harness.peak_bytes(peer_step(peer_model(vocab_size, large), samples))
+    peer_bytes = harness.peak_bytes(peer_step(peer_decoder(shape, large), samples))
     harness.figure("memory", own_bytes / 2**20, "MiB (ours)")
     harness.figure("memory_peer", peer_bytes / 2**20, "MiB (transformers)")
 
