@@ -1,8 +1,8 @@
 """Aria's multi-page PDF recipe: a question to all pages of a document at once, its budget, and its gallery.
 
-python recipes/pdf_understanding.py model=Aria file=paper.pdf
-python recipes/pdf_understanding.py model=Aria file=paper.pdf task=figures pdf.pages=1-9
-python recipes/pdf_understanding.py model=Aria file=paper.pdf task=question 'question="Which losses are used?"'
+python recipes/pdf_understanding.py model.weights=Aria file=paper.pdf
+python recipes/pdf_understanding.py model.weights=Aria file=paper.pdf task=figures pdf.pages=1-9
+python recipes/pdf_understanding.py model.weights=Aria file=paper.pdf task=question 'prompt="Which loss?"'
 """
 
 from __future__ import annotations

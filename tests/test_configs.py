@@ -32,8 +32,13 @@ MADE_UP = "made-up"
 """Stands in for a value that a config leaves to the user."""
 
 
+OF_DOCUMENTS = ("engine/ours", "engine/vllm", "task/figures", "task/question", "task/summary")
+"""Options that no training takes; tests/tools/test_pdf_understanding.py composes them."""
+
+
 def options(group: str) -> list[str]:
-    return sorted(file.stem for file in (configs_dir() / group).glob("*.yaml"))
+    found = sorted(file.stem for file in (configs_dir() / group).glob("*.yaml"))
+    return [option for option in found if f"{group}/{option}" not in OF_DOCUMENTS]
 
 
 GROUPS = sorted(folder.name for folder in configs_dir().iterdir() if folder.is_dir())

@@ -165,6 +165,7 @@ def test_many_processes_share_a_folder(data: Path) -> None:
     read(reader(data), 0)
 
 
+@pytest.mark.slow
 def test_the_identity_is_the_same_in_another_process(data: Path) -> None:
     path = str(data / "data.jsonl")
     program = (

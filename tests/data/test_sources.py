@@ -148,7 +148,7 @@ def read_in_child(datasets: list[Any], index: int, answers: "multiprocessing.Que
     answers.put([dataset[index].parts[-1] for dataset in datasets])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_other_processes_open_their_own_file(method: str, tmp_path: Path) -> None:
     """A shared file offset would mix up two readers; a handle in the pickle would fail."""
     path = tmp_path / "a.txt"

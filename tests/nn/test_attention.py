@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from cantata.core.types import Segments
-from cantata.nn.attention import PackedAttention
+from cantata.nn.attention import PackedAttention, attend_to_rows
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool) -> Tensor:
@@ -100,3 +100,19 @@ def test_a_new_layout_is_not_a_new_compilation() -> None:
         frames.append(counter.frame_count)
     assert frames[0] > 0
     assert len(set(frames)) == 1
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("lengths", [(3, 7, 1), (5, 5)])
+def test_one_query_to_its_row_is_a_segment_of_one_query(kv_heads: int, lengths: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    longest, count = max(lengths), len(lengths)
+    q = torch.randn(count, 4, 8)
+    k, v = torch.randn(2, count, longest, kv_heads, 8)
+    lengths_B = torch.tensor(lengths)
+    visible = torch.arange(longest) < lengths_B[:, None]
+    packed = PackedAttention(Segments((1,) * count), Segments(lengths), causal=False)
+    expected = packed(q, k[visible], v[visible])
+    torch.testing.assert_close(attend_to_rows(q, k, v, visible), expected, atol=1e-6, rtol=0)
+    if len(set(lengths)) == 1:
+        torch.testing.assert_close(attend_to_rows(q, k, v, None), expected, atol=1e-6, rtol=0)

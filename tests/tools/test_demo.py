@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from cantata.core.errors import RunError
-from cantata.core.locate import recipes_dir
 from cantata.tools import demo
-from cantata.tools.demo import held_out_losses, show
+from cantata.tools.demo import held_out_losses
+from cantata.tools.demo import show_captions as show
+from cantata.tools.prompts import read_prompts
 
 LINES: list[dict[str, Any]] = [
     {"step": 1, "loss": 9.0, "eval/initial/loss": 8.75},
@@ -26,7 +26,7 @@ LINES: list[dict[str, Any]] = [
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     return path
 
@@ -74,19 +74,77 @@ def test_missing_captions_are_an_error(tmp_path: Path) -> None:
         show(Console(file=io.StringIO()), tmp_path)
 
 
-@pytest.mark.parametrize("code", [0, 75])
-def test_it_trains_by_the_recipe_and_shows_only_what_is_finished(
-    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+ANSWERED = [
+    {"step": 1, "eval/initial/accuracy": 0.0, "eval/initial/majority": 0.2},
+    {"step": 2, "eval/accuracy": 0.5, "eval/majority": 0.2},
+]
+
+
+def test_questions_are_pictures_of_held_out_emoji_with_their_truths(tmp_path: Path) -> None:
+    path, questions = demo.write_questions(tmp_path / "questions")
+    prompts = read_prompts(path)
+    assert len(prompts) == len(questions) == demo.QUESTIONS
+    assert {prompt.text for prompt in prompts} == {demo.QUESTION}
+    assert [[image.name for image in prompt.images] for prompt in prompts] == [[q.picture] for q in questions]
+    assert all(image.is_file() for prompt in prompts for image in prompt.images)
+    assert questions[0].name == "pensive face"
+    assert questions[0].truth == "Smileys & Emotion"
+
+
+def test_answers_stand_beside_the_truth_and_the_accuracies_below(tmp_path: Path) -> None:
+    for stage in ("sft", "lora"):
+        write(tmp_path / stage / "metrics.jsonl", ANSWERED)
+    text, questions = io.StringIO(), [demo.Question("0.png", "[b]pensive", "Smileys")]
+    answers = {"sft": ["Smileys"], "lora": ["Flags"]}
+    demo.show_answers(Console(file=text, width=200), tmp_path, questions, answers)
+    shown = text.getvalue()
+    assert all(word in shown for word in ("[b]pensive", "Smileys", "Flags"))
+    assert "sft: 0% right before, 50% after (the commonest group: 20%)" in shown
+    assert "lora: 0% right before" in shown
+
+
+@pytest.mark.parametrize("lines", [[], LINES])
+def test_a_run_that_asked_nothing_is_told_what_to_set(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
+    with pytest.raises(RunError, match=r"holds no accuracy; run with train\.eval_every"):
+        demo.accuracy(write(tmp_path / "metrics.jsonl", lines))
+
+
+@pytest.mark.parametrize("fails", [None, "pretrain.py", "export", "lora.py"])
+def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failure(
+    fails: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands, shown = [], []
+    commands: list[list[str]] = []
 
-    def run(command: list[str], check: bool) -> Any:
-        commands.append(command)
-        return SimpleNamespace(returncode=code)
+    def run(command: list[str], **options: Any) -> Any:
+        words = [Path(word).name if word.endswith(".py") else word for word in command[1:]]
+        commands.append(words)
+        answers = "".join(json.dumps({"text": "Flags"}) + "\n" for _ in range(demo.QUESTIONS))
+        return SimpleNamespace(returncode=75 * (fails in words), stdout=answers)
 
+    shown: list[Any] = []
     monkeypatch.setattr(demo.subprocess, "run", run)
-    monkeypatch.setattr(demo, "show", lambda console, out: shown.append(out))
-    assert demo.main(["--out", str(tmp_path), "train.max_steps=20"]) == code
-    recipe = [sys.executable, str(recipes_dir() / "pretrain.py")]
-    assert commands == [[*recipe, "experiment=aria_mini", f"out={tmp_path}", "train.max_steps=20"]]
-    assert shown == ([] if code else [tmp_path])
+    monkeypatch.setattr(demo, "show_captions", lambda console, run: shown.append(run))
+    monkeypatch.setattr(demo, "show_answers", lambda console, out, questions, answers: shown.append(answers))
+    assert demo.main(["--out", str(tmp_path), "train.max_steps=20"]) == (75 if fails else 0)
+    given = (f"model.weights={tmp_path / 'pretrain-hf'}", "train.max_steps=20")
+    expected = [
+        ["pretrain.py", "experiment=aria_mini", f"out={tmp_path / 'pretrain'}", "train.max_steps=20"],
+        ["-m", "cantata", "export", str(tmp_path / "pretrain"), "--to", str(tmp_path / "pretrain-hf")],
+        *(
+            [f"{stage}.py", f"experiment=emoji_{stage}", f"out={tmp_path / stage}", *own, *given]
+            for stage, _, own in demo.TRAINED[1:]
+        ),
+    ]
+    ends = {None: 4, "pretrain.py": 1, "export": 2, "lora.py": 4}[fails]
+    assert commands[:4] == expected[:ends]
+    if fails:
+        assert shown == []
+        return
+    assert [words[:3] for words in commands[4:]] == [["-m", "cantata", "generate"]] * 2
+    assert shown == [tmp_path / "pretrain", dict.fromkeys(("sft", "lora"), ["Flags"] * demo.QUESTIONS)]
+
+
+def test_a_model_that_does_not_answer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout=""))
+    with pytest.raises(RunError, match=r"cantata generate .* failed"):
+        demo.ask(tmp_path / "run", tmp_path / "prompts.jsonl")

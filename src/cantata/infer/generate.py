@@ -1,27 +1,90 @@
-"""Decoding without a cache: several prompts at once, packed as they are in training.
+"""Generation: prompts in, tokens and text out, many at a time.
 
-Every new token runs the whole of every prompt again. That is right and simple, and fast enough for the few
-short captions of an evaluation.
-
-    S  samples that are decoded together
+Prompts are taken in as others end, up to `max_open` at once; each is drawn for and ends by itself, so what it
+becomes does not depend on the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cantata.core import dist
+from cantata.core.errors import ConfigError
 from cantata.core.samples import Sample
-from cantata.core.types import TEXT
 from cantata.data.collate.packed import PackedCollator
+from cantata.infer.continuation import Continuation, Listener, run
+from cantata.infer.sampling import SamplingConfig
+from cantata.infer.sequences import open_sequences
+from cantata.infer.text import TextStream
 
 
-@torch.no_grad()
+class Generated(NamedTuple):
+    """What a prompt was continued with."""
+
+    token_ids: list[int]
+    """Without a stop token; with those that spell a stop text."""
+    text: str
+    """Without special tokens, up to a stop text."""
+    is_complete: bool
+    """Whether it came to a stop, not to the limit of tokens."""
+
+
+class Generator:
+    """Continues prompts with one model.
+
+    Args:
+        model: a `cantata.models.protocol.LanguageModel`; one that is a `Decodes` keeps keys and values.
+        collator: packs prompts, which its processor encodes (`encode_prompt`), for this model.
+        max_positions: tokens that a prompt and its continuation may have together.
+        max_open: prompts that go on at once.
+    """
+
+    def __init__(
+        self, model: nn.Module, collator: PackedCollator, *, max_positions: int, max_open: int
+    ) -> None:
+        if max_open < 1:
+            raise ConfigError(f"{max_open} prompts at once; it must be at least 1")
+        self._model = model
+        self._collator = collator
+        self._max_positions = max_positions
+        self._max_open = max_open
+
+    def generate(
+        self, prompts: Sequence[Sample], config: SamplingConfig, listen: Listener | None = None
+    ) -> list[Generated]:
+        """Continue each prompt, up to a stop, `config.max_new_tokens` or the model's last position.
+
+        Raises `ConfigError` for a prompt that leaves no room for an answer.
+        """
+        check_lengths(prompts, self._max_positions)
+        processor = self._collator.processor
+        streams = [TextStream(processor.decode, processor.spell, config.stop) for _ in prompts]
+        rooms = [min(config.max_new_tokens, self._max_positions - len(prompt)) for prompt in prompts]
+        continuations = [
+            Continuation(index, prompt, room, config.seed, processor.stop_token_ids, stream, listen)
+            for index, (prompt, room, stream) in enumerate(zip(prompts, rooms, streams, strict=True))
+        ]
+        sequences = open_sequences(self._model, self._collator)
+        with evaluating(self._model):
+            run(sequences, continuations, config, processor.image_token_id, self._max_open)
+        return [Generated(one.token_ids, one.text, one.is_complete) for one in continuations]
+
+
+def check_lengths(prompts: Sequence[Sample], max_positions: int) -> None:
+    """Raise `ConfigError` for a prompt that leaves no room for an answer."""
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) >= max_positions:
+            which = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+            raise ConfigError(
+                f"{which} has {len(prompt)} tokens, and the model takes {max_positions} with the answer; "
+                "shorten it, or give fewer or smaller images"
+            )
+
+
 def generate(
     model: nn.Module,
     collator: PackedCollator,
@@ -32,7 +95,7 @@ def generate(
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
-    """Continue each prompt; returns its new tokens, without the stop token.
+    """Continue each prompt while a model trains; returns its new tokens, without the stop token.
 
     A prompt's continuation does not depend on the other prompts. With several ranks this is a collective:
     each decodes its own prompts (at least one), and all run the model until the last of them is done.
@@ -47,55 +110,24 @@ def generate(
     """
     if not prompts:
         raise ValueError("generate: no prompt; every rank needs at least one")
-    samples = list(prompts)
-    added: list[list[int]] = [[] for _ in prompts]
-    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
-    open_ = list(range(len(prompts)))
+    config = SamplingConfig(max_new_tokens, temperature, 0, 1.0, 1.0, (), seed)
+    continuations = [
+        Continuation(index, prompt, max_new_tokens, seed, stop_token_ids)
+        for index, prompt in enumerate(prompts)
+    ]
+    with evaluating(model):
+        sequences = open_sequences(model, collator)
+        run(sequences, continuations, config, collator.processor.image_token_id, len(prompts))
+    return [one.token_ids for one in continuations]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and without gradients, and as it was afterwards."""
     was_training = model.training
     model.eval()
-    for _ in range(max_new_tokens):
-        # A rank that is done goes on with one prompt, as sharded models run on all ranks or none.
-        running = open_ or [0]
-        logits_SV = last_logits(model, collator, [samples[index] for index in running])
-        for index, logits_V in zip(open_, logits_SV, strict=False):
-            token = choose(logits_V, temperature, generators[index])
-            if token not in stop_token_ids:
-                added[index].append(token)
-            samples[index] = _longer(samples[index], token)
-        open_ = [index for index in open_ if samples[index].input_ids_T[-1] not in stop_token_ids]
-        if dist.all_reduce_sum([float(len(open_))])[0] == 0:
-            break
-    model.train(was_training)
-    return added
-
-
-def last_logits(model: nn.Module, collator: PackedCollator, samples: Sequence[Sample]) -> Tensor:
-    """What the model expects after each sample: logits in fp32 on the host, (S, V).
-
-    The image placeholder is ruled out: it would stand for an image that is not there.
-    """
-    row = collator.row(samples)
-    batch = collator.collate([row], sum(row.lengths)).to(dist.device())
-    # Compiled blocks would take the growing length for a dynamic shape, in training too.
-    with torch.compiler.set_stance("force_eager"):
-        logits_TV = model(batch, with_logits=True).logits_TV
-    last_S = torch.tensor(row.lengths, device=logits_TV.device).cumsum(0) - 1
-    logits_SV: Tensor = logits_TV[last_S].float().cpu()
-    logits_SV[:, collator.processor.image_token_id] = -torch.inf
-    return logits_SV
-
-
-def choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
-    """The likeliest token, or one drawn at a temperature above 0."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    return int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))
-
-
-def _longer(sample: Sample, token: int) -> Sample:
-    return replace(
-        sample,
-        input_ids_T=np.append(sample.input_ids_T, np.int32(token)),
-        weight_T=np.append(sample.weight_T, np.float32(0)),
-        modality_ids_T=np.append(sample.modality_ids_T, np.int8(TEXT)),
-    )
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,11 +1,12 @@
 """Attention over packed sequences: each segment sees only itself.
 
-S  key tokens    G  key-value heads
+S  key tokens    G  key-value heads    B  sequences of a batch that is not packed
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch.nn.attention.varlen import varlen_attn
 
 from cantata.core.types import Segments
 from cantata.nn.matmul import product_dtype
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From queries (T, H, h), keys and values (S, G, h) to attended values (T, H, h)."""
 
 
 class PackedAttention:
@@ -86,6 +90,19 @@ class PackedAttention:
     def _one_call(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=gqa)
+
+
+def attend_to_rows(q_BHh: Tensor, k_BSGh: Tensor, v_BSGh: Tensor, visible_BS: Tensor | None) -> Tensor:
+    """One query of each of B sequences to its own keys, scaled by `head_dim ** -0.5`: (B, H, h).
+
+    Keys that `visible_BS` hides must be finite all the same; None shows all. Each key-value head serves
+    `H / G` consecutive query heads, which go through as so many queries of one head: no key is repeated.
+    """
+    q = q_BHh.to(k_BSGh.dtype).view(len(q_BHh), k_BSGh.shape[2], -1, q_BHh.shape[-1])
+    mask = None if visible_BS is None else visible_BS[:, None, None]
+    keys, values = k_BSGh.transpose(1, 2), v_BSGh.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return out.flatten(1, 2).to(q_BHh.dtype)
 
 
 def _side_by_side(x: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`cantata demo`: the main thing, from nothing to captions, in minutes."""
+"""`cantata demo`: the movements of a model's life, from nothing to answers, in minutes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,46 +15,133 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from cantata.core.build import build
+from cantata.core.config import compose, load
 from cantata.core.errors import RunError
 from cantata.core.locate import recipes_dir
 from cantata.tools.arguments import Parser
+from cantata.train.stage import FineTuneStage, LanguageStage
 
 PLAN = """\
-A small Aria (vision tower, projector, mixture-of-experts decoder) learns, from random weights, to \
-name emoji and to write like a play, on the data inside this package. Nothing is downloaded.
+A small Aria (vision tower, projector, mixture-of-experts decoder) goes through its life on the data inside \
+this package. Nothing is downloaded; about eight minutes on two CPU cores.
 
-  1. pretrain experiment=aria_mini into [bold]{out}[/bold]: under five minutes on two CPU cores
-  2. captions of held-out emoji, and the held-out loss before and after
+  1. pretrain  from random weights: it learns to name emoji and to write like a play
+  2. sft       it learns to say which group an emoji belongs to
+  3. lora      the pretrained model learns the same by adapters, its experts included
+  4. generate  both answer questions about emoji that neither has seen
 
-Stop it whenever you like: the same command goes on where it stopped."""
+Everything goes into [bold]{out}[/bold]. Stop it when you like: the same command goes on where it stopped."""
+
+QUESTION, QUESTIONS = "Which group?", 8
+
+
+class Movement(NamedTuple):
+    """A training stage of the demo; its run goes into a folder of its name."""
+
+    stage: str
+    experiment: str
+    overrides: tuple[str, ...]
+
+
+TRAINED = (
+    Movement("pretrain", "aria_mini", ()),
+    Movement("sft", "emoji_sft", ("train.max_steps=80", "train.eval_every=80")),
+    Movement("lora", "emoji_lora", ("train.max_steps=60", "train.eval_every=60")),
+)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the demo; returns the exit code of the training, or 0."""
+    """Run the demo; returns the exit code of the first movement that fails, or 0."""
     parser = Parser(prog="cantata demo", description=__doc__)
-    parser.add_argument("--out", default="outputs/demo", help="run directory (%(default)s)")
-    parser.add_argument("overrides", nargs="*", help="more overrides for the run, such as train.max_steps=20")
+    parser.add_argument("--out", default="outputs/demo", help="folder of its runs (%(default)s)")
+    parser.add_argument("overrides", nargs="*", help="more for each training, such as train.max_steps=20")
     arguments = parser.parse_args(argv)
-    out = Path(arguments.out)
-    console = Console()
+    out, console = Path(arguments.out), Console()
     console.print(Panel(PLAN.format(out=escape(str(out))), title="Cantata", width=min(console.width, 88)))
-    command = [sys.executable, str(recipes_dir() / "pretrain.py"), "experiment=aria_mini", f"out={out}"]
-    code = subprocess.run([*command, *arguments.overrides], check=False).returncode
-    if code:
-        return code
-    show(console, out)
+    weights: tuple[str, ...] = ()
+    for movement in TRAINED:
+        code = train(console, out, movement, (*weights, *arguments.overrides))
+        if code:
+            return code
+        weights = (f"model.weights={out / 'pretrain-hf'}",)
+    show_captions(console, out / "pretrain")
+    file, questions = write_questions(out / "questions")
+    answers = {stage: ask(out / stage, file) for stage in ("sft", "lora")}
+    show_answers(console, out, questions, answers)
     return 0
 
 
-def show(console: Console, out: Path) -> None:
-    """The table of captions and the held-out losses of a finished run.
+def train(console: Console, out: Path, movement: Movement, overrides: Sequence[str]) -> int:
+    """One movement; what was pretrained is exported, for the others to start from."""
+    stage, experiment, own = movement
+    console.rule(f"[bold]{stage}[/bold]", align="left")
+    run, hub = out / stage, out / f"{stage}-hf"
+    arguments = [f"experiment={experiment}", f"out={run}", *own, *overrides]
+    code = subprocess.run(
+        [sys.executable, str(recipes_dir() / f"{stage}.py"), *arguments], check=False
+    ).returncode
+    if code or stage != "pretrain" or hub.exists():
+        return code
+    return cantata("export", str(run), "--to", str(hub)).returncode
+
+
+def cantata(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
+    """A verb in a process of its own."""
+    command = [sys.executable, "-m", "cantata", *arguments]
+    return subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE if capture else None)
+
+
+class Question(NamedTuple):
+    """What is asked of a held-out emoji."""
+
+    picture: str
+    name: str
+    truth: str
+
+
+def write_questions(folder: Path) -> tuple[Path, list[Question]]:
+    """A few held-out emoji as pictures, and the file of prompts that asks for their groups."""
+    named, grouped = (_held_out("pretrain", "aria_mini"), _held_out("sft", "emoji_sft"))
+    folder.mkdir(parents=True, exist_ok=True)
+    questions = []
+    for number in range(QUESTIONS):
+        index = number * len(named) // QUESTIONS
+        picture, name = named[index].parts
+        file = folder / f"{index}.png"
+        picture.save(file)
+        questions.append(Question(file.name, name, grouped[index].messages[-1].parts[0]))
+    path = folder / "prompts.jsonl"
+    lines = [json.dumps({"prompt": QUESTION, "image": question.picture}) for question in questions]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path, questions
+
+
+def _held_out(stage: str, experiment: str) -> Any:
+    node, origins = compose(stage, [f"experiment={experiment}"])
+    kind = LanguageStage if stage == "pretrain" else FineTuneStage
+    return build(load(node, kind, origins).data.held_out["emoji"].dataset)
+
+
+def ask(run: Path, questions: Path) -> list[str]:
+    """What a run's model answers. Raises `RunError` where it does not."""
+    asked = cantata(
+        "generate", str(run), "--prompts", str(questions), "--max-new-tokens", "10", "--json", capture=True
+    )
+    if asked.returncode:
+        raise RunError(f"cantata generate {run} failed; the reason stands above")
+    return [record["text"] for record in map(json.loads, asked.stdout.splitlines())]
+
+
+def show_captions(console: Console, run: Path) -> None:
+    """The table of captions and the held-out losses of a finished pretraining.
 
     Raises `RunError` where the run left no evaluation to show.
     """
-    before, after = held_out_losses(out / "metrics.jsonl")
-    samples = sorted((out / "samples").glob("step-*.jsonl"))
+    before, after = held_out_losses(run / "metrics.jsonl")
+    samples = sorted((run / "samples").glob("step-*.jsonl"))
     if not samples:
-        raise RunError(f"{out / 'samples'} holds no captions; run with train.eval_every above 0")
+        raise RunError(f"{run / 'samples'} holds no captions; run with train.eval_every above 0")
     first, last = read(samples[0]), read(samples[-1])
     table = Table(title="Held-out emoji, never trained on", title_justify="left")
     for column in ("emoji", "untrained model says", "trained model says"):
@@ -65,10 +153,44 @@ def show(console: Console, out: Path) -> None:
     console.print()
     console.print(table)
     console.print(
-        f"held-out loss before {before:.4f}, after {after:.4f}; everything is in {out}",
+        f"held-out loss before {before:.4f}, after {after:.4f}; everything is in {run}",
         highlight=False,
         markup=False,
     )
+
+
+def show_answers(
+    console: Console, out: Path, questions: Sequence[Question], answers: dict[str, list[str]]
+) -> None:
+    """The questions with both models' answers, and how many of more held-out ones were right."""
+    table = Table(title=f"{QUESTION} Held-out emoji", title_justify="left")
+    for column in ("emoji", "truth", *answers):
+        table.add_column(column, overflow="fold")
+    for question, *said in zip(questions, *answers.values(), strict=True):
+        table.add_row(*(Text(cell) for cell in (question.name, question.truth, *said)))
+    console.print()
+    console.print(table)
+    for stage in answers:
+        before, after, majority = accuracy(out / stage / "metrics.jsonl")
+        console.print(
+            f"{stage}: {before:.0%} right before, {after:.0%} after (the commonest group: {majority:.0%}); "
+            f"everything is in {out / stage}",
+            highlight=False,
+            markup=False,
+        )
+
+
+def accuracy(path: Path) -> tuple[float, float, float]:
+    """(before the first step, at the end, of always saying the commonest) of a `metrics.jsonl`.
+
+    Raises `RunError` where no question was asked.
+    """
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    before = [record["eval/initial/accuracy"] for record in records if "eval/initial/accuracy" in record]
+    after = [record for record in records if "eval/accuracy" in record]
+    if not before or not after:
+        raise RunError(f"{path} holds no accuracy; run with train.eval_every and accuracy.samples above 0")
+    return before[0], after[-1]["eval/accuracy"], after[-1]["eval/majority"]
 
 
 def held_out_losses(path: Path) -> tuple[float, float]:

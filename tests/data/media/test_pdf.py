@@ -11,7 +11,7 @@ from PIL import Image
 
 from cantata.core.errors import ConfigError
 from cantata.core.samples import DataError
-from cantata.data.media.pdf import chosen_pages, read_pdf
+from cantata.data.media.pdf import chosen_pages, page_sizes, read_pdf
 from tests.data.media.clips import PDF
 
 DOCUMENTS = Path(__file__).parents[4] / "shared/data/documents"
@@ -82,6 +82,17 @@ def test_bad_ranges(pages: Any) -> None:
 def test_pages_that_are_not_there(pages: Any) -> None:
     with pytest.raises(DataError, match="no such page"):
         chosen_pages(pages, 9, 9)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 2.0, 2.7])
+def test_sizes_before_rendering_are_those_after_it(scale: float) -> None:
+    data = document([(40, 60), (33.3, 47.9), (612, 792)], turn=90)
+    options = dataclasses.replace(PDF, scale=scale, pages="3,1-2", max_pixels=10**7)
+    sizes = page_sizes(data, options)
+    assert [size.number for size in sizes] == [3, 1, 2]
+    assert [(size.width, size.height) for size in sizes] == [page.size for page in read_pdf(data, options)]
+    with pytest.raises(DataError, match="page too large"):
+        page_sizes(data, dataclasses.replace(options, max_pixels=100))
 
 
 def test_too_many_pages() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 import pypdfium2 as pdfium
 from PIL import Image
@@ -44,6 +47,26 @@ class PdfOptions:
             raise ConfigError(f"pdf.pages={self.pages!r} is neither `all` nor numbers and ranges as in 1-3,7")
 
 
+class PageSize(NamedTuple):
+    """A page before it is rendered."""
+
+    number: int
+    """From 1, in its document."""
+    width: int
+    """Pixels."""
+    height: int
+
+
+def page_sizes(source: bytes | Path, options: PdfOptions) -> list[PageSize]:
+    """The pages that `read_pdf` would return, without rendering them. Raises `DataError` as it does."""
+    with _opened(source) as document:
+        sizes = []
+        for number in chosen_pages(options.pages, len(document), options.max_pages):
+            with _page(document, number) as page:
+                sizes.append(_size(page, number, options))
+        return sizes
+
+
 def read_pdf(
     source: bytes | Path, options: PdfOptions, pages: str | Sequence[int] | int | None = None
 ) -> list[Image.Image]:
@@ -52,15 +75,21 @@ def read_pdf(
     Raises `DataError`: "missing PDF", "empty PDF", "encrypted PDF", "corrupt PDF" (without pages too),
     "too many pages", "no such page", "bad page range", "page too large".
     """
+    with _opened(source) as document:
+        asked = options.pages if pages is None else pages
+        wanted = chosen_pages(asked, len(document), options.max_pages)
+        return [_render(document, number, options) for number in wanted]
+
+
+@contextmanager
+def _opened(source: bytes | Path) -> Iterator[pdfium.PdfDocument]:
     if isinstance(source, Path) and not source.is_file():
         raise DataError("missing PDF", str(source))
     if not (source if isinstance(source, bytes) else source.stat().st_size):
         raise DataError("empty PDF", "0 bytes")
     document = _open(source)
     try:
-        asked = options.pages if pages is None else pages
-        wanted = chosen_pages(asked, len(document), options.max_pages)
-        return [_render(document, number, options) for number in wanted]
+        yield document
     finally:
         document.close()
 
@@ -76,25 +105,36 @@ def _open(source: bytes | Path) -> pdfium.PdfDocument:
         raise DataError("corrupt PDF", f"{type(error).__name__}: {error}") from error
 
 
-def _render(document: pdfium.PdfDocument, number: int, options: PdfOptions) -> Image.Image:
+@contextmanager
+def _page(document: pdfium.PdfDocument, number: int) -> Iterator[pdfium.PdfPage]:
     try:
         page = document[number]
         try:
-            width, height = page.get_size()
-            pixels = width * height * options.scale**2
-            if not pixels <= options.max_pixels:
-                raise DataError(
-                    "page too large",
-                    f"page {number + 1} would have {pixels:.0f} pixels at scale {options.scale}, the limit "
-                    f"is {options.max_pixels}",
-                )
-            rendered: Image.Image = page.render(scale=options.scale, rev_byteorder=True).to_pil()
-            # The bitmap's memory ends with it: the image must own its pixels.
-            return rendered.convert("RGB") if rendered.mode != "RGB" else rendered.copy()
+            yield page
         finally:
             page.close()
     except BROKEN as error:
         raise DataError("corrupt PDF", f"page {number + 1}: {type(error).__name__}: {error}") from error
+
+
+def _size(page: pdfium.PdfPage, number: int, options: PdfOptions) -> PageSize:
+    width, height = page.get_size()
+    pixels = width * height * options.scale**2
+    if not pixels <= options.max_pixels:
+        raise DataError(
+            "page too large",
+            f"page {number + 1} would have {pixels:.0f} pixels at scale {options.scale}, the limit "
+            f"is {options.max_pixels}",
+        )
+    return PageSize(number + 1, ceil(width * options.scale), ceil(height * options.scale))
+
+
+def _render(document: pdfium.PdfDocument, number: int, options: PdfOptions) -> Image.Image:
+    with _page(document, number) as page:
+        _size(page, number, options)
+        rendered: Image.Image = page.render(scale=options.scale, rev_byteorder=True).to_pil()
+        # The bitmap's memory ends with it: the image must own its pixels.
+        return rendered.convert("RGB") if rendered.mode != "RGB" else rendered.copy()
 
 
 def chosen_pages(pages: str | Sequence[int] | int, count: int, max_pages: int) -> list[int]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from cantata.core.types import RouterStats, TokenGroups
 from cantata.models.aria.config import AriaTextConfig
-from cantata.nn.attention import PackedAttention
+from cantata.nn.attention import Attend
 from cantata.nn.matmul import Linear
 from cantata.nn.mlp import SwiGLU
 from cantata.nn.moe.experts import Experts
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x_TD: Tensor, tables: RotaryTables, attend: PackedAttention) -> Tensor:
+    def forward(self, x_TD: Tensor, tables: RotaryTables, attend: Attend) -> Tensor:
         heads = (len(x_TD), -1, self.head_dim)
         q, k, v = (proj(x_TD).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return self.o_proj(attend(rotate(q, tables), rotate(k, tables), v).flatten(-2))
@@ -46,8 +46,8 @@ class DecoderBlock(nn.Module):
         self.mlp = build_moe_layer(config)
 
     def forward(
-        self, x_TD: Tensor, tables: RotaryTables, groups: TokenGroups, attend: PackedAttention
-    ) -> tuple[Tensor, RouterStats]:
+        self, x_TD: Tensor, tables: RotaryTables, groups: TokenGroups | None, attend: Attend
+    ) -> tuple[Tensor, RouterStats | None]:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), tables, attend)
         y_TD, stats = self.mlp(self.post_attention_layernorm(x_TD), groups)
         return x_TD + y_TD, stats

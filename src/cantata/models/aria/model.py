@@ -17,7 +17,7 @@ from cantata.models.aria.hf import AriaLayout, read_hub_config
 from cantata.models.aria.processor import AriaProcessor
 from cantata.models.aria.projector import Projector
 from cantata.models.aria.vision import VisionTower
-from cantata.models.protocol import Unit
+from cantata.models.protocol import DecodingStep, Unit
 from cantata.nn.attention import PackedAttention
 from cantata.nn.head import LanguageHead
 from cantata.nn.moe.balance import BalanceConfig
@@ -62,12 +62,21 @@ class Aria(nn.Module):
             text.hidden_size, text.vocab_size, text.rms_norm_eps, tied=text.tie_word_embeddings
         )
 
-    def forward(self, batch: Batch, *, with_logits: bool = False) -> ModelOutput:
-        """The loss of a packed micro-batch, and its logits (T, V) if asked."""
+    def forward(
+        self, batch: Batch, *, with_logits: bool = False, step: DecodingStep | None = None
+    ) -> ModelOutput:
+        """The loss of a packed micro-batch, and its logits (T, V) if asked.
+
+        With a step of a generation: only the logits after each sample, (S, V); see `protocol.Decodes`.
+        """
         x_TD = self.text.embed_tokens(batch.input_ids_T)
-        features_QD = self.image_features(batch.images)
-        x_TD = x_TD.index_copy(0, batch.images.token_index_Q, features_QD.to(x_TD.dtype))
-        x_TD, router = self._decode(x_TD, batch)
+        if step is None or step.is_prefill:
+            features_QD = self.image_features(batch.images)
+            x_TD = x_TD.index_copy(0, batch.images.token_index_Q, features_QD.to(x_TD.dtype))
+        x_TD, router = self._decode(x_TD, batch, step)
+        if step is not None:
+            with_logits = True
+            x_TD = x_TD.index_select(0, batch.samples.offsets(x_TD.device)[1:] - 1)
         tied_weight_VD = self.text.embed_tokens.weight if self.text_config.tie_word_embeddings else None
         loss_sum, loss_N, logits_TV = self.head(
             x_TD, batch.labels_T, batch.target_index_N, batch.target_weight_N, tied_weight_VD, with_logits
@@ -79,15 +88,20 @@ class Aria(nn.Module):
         features_QD: Tensor = self.projector(self.vision(images), images.patches, images.features)
         return features_QD
 
-    def _decode(self, x_TD: Tensor, batch: Batch) -> tuple[Tensor, RouterStats]:
+    def _decode(
+        self, x_TD: Tensor, batch: Batch, step: DecodingStep | None
+    ) -> tuple[Tensor, RouterStats | None]:
         text = self.text_config
         tables = rotary_tables(batch.position_ids_T, text.head_dim, text.rope_theta, x_TD.dtype)
-        attend = PackedAttention(batch.samples, causal=True)
-        groups = batch.token_groups()
+        packed = PackedAttention(batch.samples, causal=True)
+        groups = batch.token_groups() if step is None else None
         layers = []
-        for layer in self.text.layers:
+        for index, layer in enumerate(self.text.layers):
+            attend = packed if step is None else step.attention(index)
             x_TD, stats = layer(x_TD, tables, groups, attend)
             layers.append(stats)
+        if step is not None:
+            return x_TD, None
         return x_TD, RouterStats(*(torch.stack(values) for values in zip(*layers, strict=True)))
 
     def units(self) -> Sequence[Unit]:
@@ -134,6 +148,10 @@ class Aria(nn.Module):
         layer = attention + experts + text.hidden_size * moe.num_experts
         weights = text.num_hidden_layers * layer + text.hidden_size * text.vocab_size
         return 6.0 * weights + 6.0 * text.num_hidden_layers * heads * mean_sample_length
+
+    @property
+    def max_positions(self) -> int:
+        return self.text_config.max_position_embeddings
 
     @property
     def token_embedding(self) -> nn.Module:

@@ -14,6 +14,8 @@ from cantata.nn.moe.router import TopKRouter
 class MoELayer(nn.Module):
     """Top-k routed experts plus a shared expert that every token visits, added unscaled.
 
+    Without token groups, as in generation, nothing is said of the routing.
+
     `dispatcher` is replaced by a plan that spreads the experts over devices.
     """
 
@@ -24,7 +26,7 @@ class MoELayer(nn.Module):
         self.shared_experts = shared_experts
         self.dispatcher: Dispatcher = LocalDispatcher(router.num_experts)
 
-    def forward(self, x_TD: Tensor, groups: TokenGroups) -> tuple[Tensor, RouterStats]:
+    def forward(self, x_TD: Tensor, groups: TokenGroups | None) -> tuple[Tensor, RouterStats | None]:
         weights_TK, expert_index_TK, stats = self.router(x_TD, groups)
         sent = self.dispatcher.send(x_TD, weights_TK, expert_index_TK)
         shared_TD = self.shared_experts(x_TD)

@@ -21,7 +21,8 @@ class Routing(NamedTuple):
     """Share of each chosen expert, fp32; sums to 1 over K."""
     expert_index_TK: Tensor
     """The chosen experts, int64."""
-    stats: RouterStats
+    stats: RouterStats | None
+    """None where no token groups were given."""
 
 
 class TopKRouter(nn.Module):
@@ -58,12 +59,14 @@ class TopKRouter(nn.Module):
         bias_E = torch.zeros(num_experts, dtype=torch.float32) if use_expert_bias else None
         self.register_buffer("expert_bias_E", bias_E)
 
-    def forward(self, x_TD: Tensor, groups: TokenGroups) -> Routing:
+    def forward(self, x_TD: Tensor, groups: TokenGroups | None) -> Routing:
         logits_TE = linear(x_TD, self.weight).float()
         expert_index_TK, top_TK = self._choose(logits_TE)
-        # A frozen router cannot follow its balance terms; they must not bend what comes before it either.
-        seen_TE = logits_TE if self.weight.requires_grad else logits_TE.detach()
-        stats = router_stats(seen_TE, expert_index_TK, groups, self.sequence_stats)
+        stats = None
+        if groups is not None:
+            # A frozen router cannot follow its balance terms; they must not bend what comes before it either.
+            seen_TE = logits_TE if self.weight.requires_grad else logits_TE.detach()
+            stats = router_stats(seen_TE, expert_index_TK, groups, self.sequence_stats)
         return Routing(top_TK.softmax(dim=-1), expert_index_TK, stats)
 
     def _choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
