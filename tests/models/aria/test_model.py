@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cantata.core.types import IMAGE, TEXT, VIDEO, Batch, ModelOutput
 from cantata.models.aria import Aria
+from cantata.models.lora import LoRAConfig, apply_lora
 from cantata.models.protocol import LanguageModel
 from cantata.nn.moe.balance import balance_loss
 from cantata.tools.verify import Sample, pack, synthetic_samples
@@ -227,6 +228,9 @@ def test_flops_count_every_product() -> None:
     layout = small_layout()
     text, moe = layout.text, layout.text.moe
     per_layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 24 * (moe.top_k + moe.num_shared_experts) + 32 * 4
-    expected = 6 * (2 * per_layer + 32 * 64) + 6 * 2 * 32 * 10.0
-    assert Aria(*layout).flops_per_token(10.0) == expected
+    weights, attention = 2 * per_layer + 32 * 64, 6 * 2 * 32 * 10.0
+    model = Aria(*layout)
+    assert model.flops_per_token(10.0) == 6 * weights + attention
+    apply_lora(model, LoRAConfig(2, 4, 0.0, False, False, ["head"], {}, [], None))
+    assert model.flops_per_token(10.0) == 4 * weights + attention, "frozen weights get no gradients"
     assert text.num_hidden_layers == 2

@@ -17,6 +17,7 @@ from cantata.models.aria.hf import AriaLayout, read_hub_config
 from cantata.models.aria.processor import AriaProcessor
 from cantata.models.aria.projector import Projector
 from cantata.models.aria.vision import VisionTower
+from cantata.models.lora import base_names
 from cantata.models.protocol import DecodingStep, Unit
 from cantata.nn.attention import PackedAttention
 from cantata.nn.head import LanguageHead
@@ -140,14 +141,18 @@ class Aria(nn.Module):
                 tensor.normal_(0.0, std, generator=generator)
 
     def flops_per_token(self, mean_sample_length: float) -> float:
-        """6 per active weight (2 forward, 4 backward), plus causal attention over half a sample."""
+        """6 per active weight (2 forward, 4 backward), plus causal attention over half a sample.
+
+        Under adapters 4 per weight, which gets no gradient of its own; the adapters are left out.
+        """
         text, moe = self.text_config, self.text_config.moe
         heads, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
         attention = text.hidden_size * (2 * heads + 2 * kv)
         experts = 3 * text.hidden_size * moe.expert_intermediate_size * (moe.top_k + moe.num_shared_experts)
         layer = attention + experts + text.hidden_size * moe.num_experts
         weights = text.num_hidden_layers * layer + text.hidden_size * text.vocab_size
-        return 6.0 * weights + 6.0 * text.num_hidden_layers * heads * mean_sample_length
+        per_weight = 4.0 if base_names(self) else 6.0
+        return per_weight * weights + 6.0 * text.num_hidden_layers * heads * mean_sample_length
 
     @property
     def max_positions(self) -> int:
