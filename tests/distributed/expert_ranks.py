@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from cantata.core.dist import all_reduce_sum
 from cantata.core.types import Batch, StepTotals
 from cantata.nn.moe.balance import balance_loss, update_expert_bias
 from cantata.parallel.materialize import Index, RandomInit, materialize
-from cantata.parallel.mesh import MeshConfig, RankMesh, build_mesh
+from cantata.parallel.mesh import MeshConfig
 from cantata.parallel.recompute import Recompute
 from cantata.train.deepspeed import DeepSpeedEngine
 from cantata.train.engine import Engine
@@ -23,6 +22,7 @@ from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.objectives import NextToken
 from cantata.train.optim import optimizer_defaults, parameter_groups
 from tests.distributed.join import totals_of
+from tests.distributed.mesh import mesh_of
 from tests.distributed.test_deepspeed_aria import BALANCE, OPTIMIZER, build_aria, joint_loss, make_batch
 
 STEPS, MICRO_STEPS, MAX_NORM, BIAS_RATE = 3, 2, 0.1, 1e-3
@@ -41,12 +41,6 @@ def micro_batches(world: int) -> list[list[Batch]]:
 def totals(world: int) -> StepTotals:
     batches = [batch for step in micro_batches(world) for batch in step]
     return totals_of(batches)
-
-
-@cache
-def ranks(config: MeshConfig) -> RankMesh:
-    """One mesh serves every engine: its process groups take longer to make than a step."""
-    return build_mesh(config, dist.get_world_size(), "cpu")
 
 
 class Recorded:
@@ -76,7 +70,7 @@ def build(
     }
     return DeepSpeedEngine(
         model=model,
-        mesh=ranks(mesh),
+        mesh=mesh_of(mesh),
         source=Recorded(RandomInit(model, seed), {} if record is None else record),
         optimizer=OPTIMIZER,
         device=torch.device("cpu"),
@@ -89,7 +83,7 @@ def build_fsdp2() -> FSDP2Engine:
     model = build_aria()
     return FSDP2Engine(
         model=model,
-        mesh=ranks(EP),
+        mesh=mesh_of(EP),
         source=RandomInit(model, 99),
         optimizer=OPTIMIZER,
         parameters={},

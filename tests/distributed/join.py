@@ -33,6 +33,12 @@ def join(batches: Sequence[Batch]) -> Batch:
         return torch.cat([part + start for part, start in zip(parts, starts, strict=True)])
 
     images = [batch.images for batch in batches]
+    weights = [batch.target_weight_N for batch in batches]
+    if all(weight_N is None for weight_N in weights):
+        weight_N = None
+    else:
+        ones = [torch.ones(batch.num_targets) for batch in batches]
+        weight_N = torch.cat([one if w is None else w for w, one in zip(weights, ones, strict=True)])
     return Batch(
         input_ids_T=tokens("input_ids_T"),
         labels_T=tokens("labels_T"),
@@ -48,4 +54,5 @@ def join(batches: Sequence[Batch]) -> Batch:
             Segments.concatenate(part.features for part in images),
             shifted([part.token_index_Q for part in images]),
         ),
+        target_weight_N=weight_N,
     )

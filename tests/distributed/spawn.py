@@ -1,8 +1,9 @@
-"""Run a function on several gloo ranks, each a fresh process, and hand back what every rank returned."""
+"""Run a function on several gloo ranks, each a process of its own, and hand back what every rank returned."""
 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -14,12 +15,23 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import reduction
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 GRACE_S = 5.0
 """How long the other ranks may go on after one has failed: they usually wait for it in a collective."""
+
+PRELOAD = [
+    "pytest",
+    "torch",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+]
+"""Imported once by the server that ranks are forked from: seconds for each rank. None may start a thread."""
 
 
 class RanksError(AssertionError):
@@ -41,22 +53,19 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
             in which they stood.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
         port = _free_port()
+        # Pickled here, because multiprocessing would hand tensors over one by one as open files.
+        call = pickle.dumps((fn, args))
         ranks: list[BaseProcess] = [
-            context.Process(target=_rank_main, args=(fn, args, rank, world_size, port, folder, timeout))
+            context.Process(
+                target=_rank_main, args=(_Parent(), call, rank, world_size, port, folder, timeout)
+            )
             for rank in range(world_size)
         ]
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
-        try:
-            for process in ranks:
-                process.start()
-        finally:
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
+        for process in ranks:
+            process.start()
         timed_out = _wait(ranks, timeout, Path(folder))
         exit_codes = [process.exitcode for process in ranks]
         if timed_out or any(exit_codes):
@@ -64,19 +73,34 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world_size)]
 
 
+class _Parent:
+    """What a rank would inherit if it were forked from here: the environment and where output goes."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"environment": dict(os.environ), "streams": [reduction.DupFd(1), reduction.DupFd(2)]}
+
+    def inherit(self) -> None:
+        os.environ.clear()
+        os.environ.update(self.environment)
+        for number, stream in enumerate(self.streams, start=1):
+            os.dup2(stream.detach(), number)
+
+
 def _rank_main(
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
+    parent: _Parent,
+    call: bytes,
     rank: int,
     world_size: int,
     port: int,
     folder: str,
     timeout: float,
 ) -> None:
+    parent.inherit()
     # Stays open for as long as the process lives.
     stacks = (Path(folder) / f"{rank}.stacks").open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     os.environ.update(
+        OMP_NUM_THREADS="1",
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -94,6 +118,9 @@ def _rank_main(
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )
+        fn, args = pickle.loads(call)
+        # DeepSpeed collects garbage with every engine: a third of a second over all that is imported.
+        gc.freeze()
         value = fn(*args)
         (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(value))
         dist.barrier()

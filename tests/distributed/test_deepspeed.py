@@ -6,6 +6,7 @@ differs, so bits cannot be equal.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,19 +23,21 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from cantata.core.errors import RunError
 from cantata.core.types import Batch, StepTotals
 from cantata.parallel.materialize import RandomInit
-from cantata.parallel.mesh import MeshConfig, build_mesh
+from cantata.parallel.mesh import MeshConfig
 from cantata.parallel.recompute import Recompute
 from cantata.train import deepspeed
 from cantata.train.deepspeed import DeepSpeedEngine
 from cantata.train.engine import Engine, Loss, Objective
 from cantata.train.objectives import NextToken
 from tests.distributed import test_fsdp2
+from tests.distributed.mesh import mesh_of
 from tests.distributed.spawn import run_ranks
 from tests.distributed.standin import BALANCE, build_on_meta
 from tests.distributed.test_fsdp2 import MAX_NORM, MICRO_BATCHES, OPTIMIZER, RULES, SEED, TOTALS, share
 
 pytestmark = [
     pytest.mark.distributed,
+    pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs cantata[deepspeed]"),
 ]
 
@@ -73,7 +76,7 @@ def build_engine(seed: int = SEED, **options: Any) -> DeepSpeedEngine:
     with small_parameters_partitioned():
         return DeepSpeedEngine(
             model=model,
-            mesh=build_mesh(WORLD, dist.get_world_size(), "cpu"),
+            mesh=mesh_of(WORLD),
             source=RandomInit(model, seed),
             optimizer=OPTIMIZER,
             device=torch.device("cpu"),
@@ -97,8 +100,11 @@ def small_parameters_partitioned() -> Iterator[None]:
 
 def whole_state(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     """The state of every rank brought together."""
-    parts: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, engine.state_dict())
+    # As one file each: pickle takes several times as long over many small tensors.
+    file, files = io.BytesIO(), [b""] * dist.get_world_size()
+    torch.save(engine.state_dict(), file)
+    dist.all_gather_object(files, file.getvalue())
+    parts = [torch.load(io.BytesIO(content)) for content in files]
     assert sum(map(len, parts)) == len({key for part in parts for key in part}), "a tensor has two owners"
     return {key: value for part in parts for key, value in part.items()}
 

@@ -21,14 +21,16 @@ from cantata.models.aria.config import AriaMoEConfig, AriaProjectorConfig, AriaT
 from cantata.models.aria.vision import patch_position_ids
 from cantata.nn.moe.balance import balance_loss
 from cantata.parallel.materialize import RandomInit, materialize
-from cantata.parallel.mesh import MeshConfig, build_mesh
+from cantata.parallel.mesh import MeshConfig
 from cantata.parallel.recompute import Recompute
 from cantata.train.deepspeed import DeepSpeedEngine
 from cantata.train.objectives import NextToken
 from cantata.train.optim import ParameterRule, optimizer_defaults, parameter_groups
+from tests.distributed import mixed
 from tests.distributed.join import totals_of
+from tests.distributed.mesh import mesh_of
 from tests.distributed.spawn import run_ranks
-from tests.distributed.test_deepspeed import small_parameters_partitioned
+from tests.distributed.test_deepspeed import small_parameters_partitioned, whole_state
 from tests.nn.moe.small import balance
 
 pytestmark = [
@@ -58,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "recompute": Recompute.full,
     },
 }
+MIXED_STAGES = (2, 3)
 
 
 def build_aria(tied: bool = False) -> Aria:
@@ -109,21 +112,23 @@ MICRO_BATCHES = [make_batch(seed, with_image=seed == 0) for seed in range(4)]
 TOTALS = totals_of(MICRO_BATCHES)
 
 
-def trained(options: dict[str, Any]) -> dict[str, Any]:
-    options = dict(options)
-    model = build_aria(options.pop("tied", False))
+def engine_of(model: Aria, **options: Any) -> DeepSpeedEngine:
     with small_parameters_partitioned():
-        engine = DeepSpeedEngine(
+        return DeepSpeedEngine(
             model=model,
-            mesh=build_mesh(MeshConfig(dp_replicate=1, dp_shard=-1, ep=1), dist.get_world_size(), "cpu"),
-            source=RandomInit(model, 3),
-            optimizer=OPTIMIZER,
+            mesh=mesh_of(MeshConfig(dp_replicate=1, dp_shard=-1, ep=1)),
+            source=RandomInit(model, mixed.SEED),
             device=torch.device("cpu"),
             compile=False,
             precision="fp32",
             offload="none",
-            **({"parameters": {}, "recompute": Recompute.none} | options),
+            **({"optimizer": OPTIMIZER, "parameters": {}, "recompute": Recompute.none} | options),
         )
+
+
+def trained(options: dict[str, Any]) -> dict[str, Any]:
+    options = dict(options)
+    engine = engine_of(build_aria(options.pop("tied", False)), **options)
     batches, norms = MICRO_BATCHES[dist.get_rank() :: 2], []
     for _ in range(2):
         for index, batch in enumerate(batches, start=1):
@@ -132,12 +137,19 @@ def trained(options: dict[str, Any]) -> dict[str, Any]:
         engine.step(1.0)
         with torch.no_grad():
             logits_TV = engine.model(MICRO_BATCHES[dist.get_rank()], with_logits=True).logits_TV
-    parts: list[dict[str, Tensor]] = [{}, {}]
-    dist.all_gather_object(parts, engine.state_dict())
-    return {"norms": norms, "end": parts[0] | parts[1], "logits": logits_TV.clone()}
+    return {"norms": norms, "end": whole_state(engine), "logits": logits_TV.clone()}
 
 
-def variants() -> dict[str, Any]:
+def some() -> dict[str, Any]:
+    """What is never left out."""
+    found: dict[str, Any] = {name: trained(VARIANTS[name]) for name in ("zero 2 full", "zero 3")}
+    for stage in MIXED_STAGES:
+        mixed_engine = partial(engine_of, zero_stage=stage, optimizer=mixed.OPTIMIZER)
+        found[f"mixed {stage}"] = mixed.on_ranks(mixed_engine, whole_state)
+    return found
+
+
+def every() -> dict[str, Any]:
     return {name: trained(options) for name, options in VARIANTS.items()}
 
 
@@ -155,7 +167,7 @@ def joint_loss(model: Aria, batches: Sequence[Batch], totals: StepTotals) -> Ten
 
 def reference(options: dict[str, Any]) -> dict[str, Any]:
     model = build_aria(options.get("tied", False))
-    materialize(model, RandomInit(model, 3), torch.device("cpu"))
+    materialize(model, RandomInit(model, mixed.SEED), torch.device("cpu"))
     rules = options.get("parameters", {})
     optimizer = OPTIMIZER(parameter_groups(model, rules, *optimizer_defaults(OPTIMIZER)))
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -174,15 +186,32 @@ def reference(options: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    return run_ranks(variants, 2, timeout=900.0)[0]
+    return run_ranks(some, 2, timeout=900.0)[0]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["zero 2 full", "zero 3"])
 def test_two_steps_equal_one_plain_process(variant: str, results: Any) -> None:
-    run, wanted = results[variant], reference(VARIANTS[variant])
+    assert_equals_one(results[variant], variant)
+
+
+@pytest.mark.slow
+def test_every_variant_equals_one_plain_process() -> None:
+    results = run_ranks(every, 2, timeout=900.0)[0]
+    for variant in VARIANTS:
+        assert_equals_one(results[variant], variant)
+
+
+def assert_equals_one(run: dict[str, Any], variant: str) -> None:
+    wanted = reference(VARIANTS[variant])
     assert run["norms"] == pytest.approx(wanted["norms"], rel=1e-6)
     for name, value in wanted["end"].items():
         if name in run["end"]:
             assert float((run["end"][name] - value).abs().max()) <= BOUND, name
     assert {name for name in run["end"] if name.startswith("model.")} == wanted["end"].keys()
     assert float((run["logits"] - wanted["logits"]).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("case", mixed.CASES)
+@pytest.mark.parametrize("stage", MIXED_STAGES)
+def test_ranks_with_unlike_media_equal_one_process(stage: int, case: str, results: Any) -> None:
+    mixed.assert_equals_one(results[f"mixed {stage}"][case], case)

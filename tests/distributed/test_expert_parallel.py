@@ -23,13 +23,14 @@ from cantata.models.aria import Aria
 from cantata.models.aria.vision import patch_position_ids
 from cantata.nn.moe.balance import update_expert_bias
 from cantata.parallel.materialize import RandomInit, materialize
-from cantata.parallel.mesh import MeshConfig, build_mesh
+from cantata.parallel.mesh import MeshConfig
 from cantata.parallel.recompute import Recompute
 from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.metrics import StepSums
 from cantata.train.objectives import NextToken
 from cantata.train.optim import ParameterRule, optimizer_defaults, parameter_groups
 from tests.distributed.join import join, totals_of
+from tests.distributed.mesh import mesh_of
 from tests.distributed.spawn import run_ranks
 from tests.distributed.test_fsdp2 import assert_same, whole
 from tests.models.aria.small import small_layout
@@ -128,7 +129,7 @@ def trained(options: dict[str, Any]) -> dict[str, Any]:
     """Three steps of two micro-batches on this world; everything whole."""
     options = dict(options)
     mixture = options.pop("mixture", MIXTURE)
-    mesh = build_mesh(MeshConfig(*options.pop("mesh")), dist.get_world_size(), "cpu")
+    mesh = mesh_of(MeshConfig(*options.pop("mesh")))
     model = build(mixture)
     engine = FSDP2Engine(
         model=model,

@@ -18,12 +18,13 @@ from torch.distributed.tensor import DTensor
 
 from cantata.core.types import Batch
 from cantata.parallel.materialize import RandomInit, materialize, persistent_tensors
-from cantata.parallel.mesh import MeshConfig, build_mesh
+from cantata.parallel.mesh import MeshConfig
 from cantata.parallel.recompute import Recompute
 from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.objectives import NextToken
 from cantata.train.optim import ParameterRule, optimizer_defaults, parameter_groups
 from tests.distributed.join import totals_of
+from tests.distributed.mesh import mesh_of
 from tests.distributed.spawn import run_ranks
 from tests.distributed.standin import BALANCE, build_on_meta, make_batch
 
@@ -58,7 +59,7 @@ def build_engine(mesh: MeshConfig, **options: Any) -> FSDP2Engine:
     }
     return FSDP2Engine(
         model=model,
-        mesh=build_mesh(mesh, dist.get_world_size(), "cpu"),
+        mesh=mesh_of(mesh),
         source=RandomInit(model, SEED),
         optimizer=OPTIMIZER,
         device=CPU,
@@ -138,7 +139,7 @@ def expected() -> dict[bool, dict[str, Any]]:
     return {tied: reference(tied) for tied in (False, True)}
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def results(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     return run_ranks(variants, request.param)[0]
 

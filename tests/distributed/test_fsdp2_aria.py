@@ -18,11 +18,14 @@ from cantata.core.types import Batch, Images, Segments
 from cantata.models.aria import Aria
 from cantata.models.aria.config import AriaMoEConfig, AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
 from cantata.parallel.materialize import RandomInit, materialize
-from cantata.parallel.mesh import MeshConfig, build_mesh
+from cantata.parallel.mesh import MeshConfig
 from cantata.parallel.recompute import Recompute
+from cantata.train.engine import Engine
 from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.objectives import NextToken
+from tests.distributed import mixed
 from tests.distributed.join import join, totals_of
+from tests.distributed.mesh import mesh_of
 from tests.distributed.spawn import run_ranks
 from tests.distributed.standin import make_batch
 from tests.distributed.test_fsdp2 import assert_same, whole
@@ -97,21 +100,27 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
-def step_of(tied: bool, precision: str, recompute: Recompute) -> dict[str, Any]:
-    model = build(tied)
-    engine = FSDP2Engine(
+def engine_of(model: Aria, **options: Any) -> FSDP2Engine:
+    settings: dict[str, Any] = {
+        "source": RandomInit(model, 7),
+        "optimizer": partial(torch.optim.AdamW, lr=1e-2, fused=True),
+        "recompute": Recompute.none,
+        "precision": "fp32",
+    }
+    return FSDP2Engine(
         model=model,
-        mesh=build_mesh(MeshConfig(1, -1, 1), dist.get_world_size(), "cpu"),
-        source=RandomInit(model, 7),
-        optimizer=partial(torch.optim.AdamW, lr=1e-2, fused=True),
+        mesh=mesh_of(MeshConfig(1, -1, 1)),
         parameters={},
-        recompute=recompute,
         compile=False,
         device=CPU,
-        precision=precision,
         state_dtype="fp32",
         offload="none",
+        **(settings | options),
     )
+
+
+def step_of(tied: bool, precision: str, recompute: Recompute) -> dict[str, Any]:
+    engine = engine_of(build(tied), precision=precision, recompute=recompute)
     sums = engine.forward_backward(BATCHES[dist.get_rank()], NextToken(MOE.balance), TOTALS, last=True)
     found, norm = gradients(engine.model), engine.gradient_norm(1.0)
     engine.step(1.0)
@@ -120,13 +129,22 @@ def step_of(tied: bool, precision: str, recompute: Recompute) -> dict[str, Any]:
     return {"gradients": found, "norm": norm, "counts": counts}
 
 
+def mixed_engine(model: Aria) -> FSDP2Engine:
+    return engine_of(model, source=RandomInit(model, mixed.SEED), optimizer=mixed.OPTIMIZER)
+
+
+def whole_state(engine: Engine) -> dict[str, Tensor]:
+    return {name: whole(value) for name, value in engine.state_dict().items()}
+
+
 def variants() -> dict[str, dict[str, Any]]:
     found = {
         f"{'tied' if tied else 'untied'} {mode.value}": step_of(tied, "fp32", mode)
         for tied in (False, True)
         for mode in Recompute
     }
-    return found | {f"bf16 {mode.value}": step_of(False, "bf16", mode) for mode in Recompute}
+    found |= {f"bf16 {mode.value}": step_of(False, "bf16", mode) for mode in Recompute}
+    return found | mixed.on_ranks(mixed_engine, whole_state)
 
 
 def reference(tied: bool) -> dict[str, Any]:
@@ -154,6 +172,11 @@ def test_two_ranks_equal_one_process(tied: bool, results: Any) -> None:
         assert_same(run["gradients"], wanted["gradients"], 1e-6)
         assert run["norm"] == pytest.approx(wanted["norm"], rel=1e-6)
         assert torch.equal(run["counts"], wanted["counts"])
+
+
+@pytest.mark.parametrize("case", mixed.CASES)
+def test_ranks_with_unlike_media_equal_one_process(case: str, results: Any) -> None:
+    mixed.assert_equals_one(results[case], case)
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "bf16"])

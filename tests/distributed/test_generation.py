@@ -22,7 +22,7 @@ from tests.distributed import test_fsdp2_aria as fsdp
 from tests.distributed.spawn import run_ranks
 from tests.infer.test_generate import Processor
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ENGINES: dict[str, Callable[[], Any]] = {"fsdp2": lambda: fsdp.engine_of(zero.build_aria())}
 if find_spec("deepspeed") is not None:

@@ -102,6 +102,7 @@ def test_recompute_goes_inside_the_compiled_region(monkeypatch: pytest.MonkeyPat
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_equal_blocks_share_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     counters = torch._dynamo.utils.counters

@@ -109,7 +109,7 @@ def test_a_corrupt_image_ends_the_run_where_the_source_says_so(
 def test_a_sample_longer_than_the_context_is_dropped_or_an_error(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [json.dumps({"text": "short"}), json.dumps({"text": "very " * 3000})]
+    lines = [json.dumps({"text": "short " * 30}), json.dumps({"text": "very " * 600})]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     path = str(tmp_path / "data.jsonl")
     assert pretrain(tmp_path / "drop", *own_data(path), "train.max_steps=1") == 0
@@ -118,6 +118,7 @@ def test_a_sample_longer_than_the_context_is_dropped_or_an_error(
     assert metrics(tmp_path / "drop")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_a_save_leaves_the_last_checkpoint(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

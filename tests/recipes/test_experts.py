@@ -42,6 +42,7 @@ def test_every_token_is_counted_once_in_every_layer(run: Path) -> None:
         assert entry["tokens_per_expert"].sum((1, 2)).tolist() == [tokens * TOP_K] * SHAPE[0]
 
 
+@pytest.mark.slow
 def test_lines_of_metrics_speak_of_the_same_counts(run: Path) -> None:
     """One line over all steps, from the entries of the array."""
     out = run.parent / "one-line"
@@ -63,6 +64,7 @@ def test_each_modality_seen_has_a_picture(run: Path) -> None:
             assert len(picture.getcolors(10_000) or []) > 10
 
 
+@pytest.mark.slow
 def test_what_lies_after_the_checkpoint_is_made_again(run: Path, tmp_path: Path) -> None:
     """As after kill -9: the newest checkpoint is of step 5, inside an interval; entries go up to step 8."""
     out = tmp_path / "run"

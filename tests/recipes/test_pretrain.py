@@ -160,6 +160,7 @@ def test_accelerate_launches_the_recipe(tmp_path: Path) -> None:
     assert len(metrics(tmp_path / "run")) == 2
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_or_another_engine_continues_the_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = ("schedule=constant", "checkpoint.background=false")

@@ -69,6 +69,7 @@ def test_parts_are_frozen_by_pattern(tmp_path: Path) -> None:
     assert not [name for name in moved if ".router." in name]
 
 
+@pytest.mark.slow
 def test_it_ends_early_and_stays_ended(tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = (*SCRATCH, *STOPS, "train.max_steps=9", "accuracy.samples=0")
@@ -79,6 +80,7 @@ def test_it_ends_early_and_stays_ended(tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(out)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
     out = tmp_path / "run"
     best = "checkpoint.best={metric: eval/loss, mode: max}"
@@ -98,6 +100,7 @@ def test_going_by_an_evaluation_needs_one(
     assert f"{key.partition('=')[0]}.metric needs evaluations" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_with_noise_resumes_bit_for_bit(tmp_path: Path) -> None:
     noise = (*SCRATCH, "accuracy.samples=0", "train.neftune_alpha=5")
     assert sft(tmp_path / "once", *noise, "train.max_steps=3") == 0

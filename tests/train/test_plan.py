@@ -87,9 +87,8 @@ def test_every_parameter_is_cut_into_its_shards(overrides: tuple[str, ...]) -> N
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize(
-    "gpus", [64, pytest.param(256, marks=pytest.mark.slow), pytest.param(512, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [64, 256, 512])
 def test_aria_25b_on_many_ranks(gpus: int) -> None:
     chosen = stage("experiment=aria_25b_stage1", "mesh.ep=8", f"cluster.gpus={gpus}")
     plan = make_plan(chosen)

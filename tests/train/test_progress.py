@@ -6,11 +6,13 @@ import os
 import pty
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 from rich.console import Console as RichConsole
 
+from cantata.core.logging import console as shared_console
 from cantata.core.logging import logging_to
 from cantata.train.progress import Console, Summary
 from tests.train.samples import record, report
@@ -119,21 +121,16 @@ Path(sys.argv[1]).write_text("the run went on")
 """
 
 
-def start(mark: Path, stdout: int, stderr: int, **variables: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", "."]), "TERM": "xterm", **variables}
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(mark)],
-        stdout=stdout,
-        stderr=stderr,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-    )
-
-
 def test_a_reader_that_goes_away_does_not_stop_the_run(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    process = start(tmp_path / "mark", writer, subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "mark")],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(["src", "."])},
+        cwd=Path(__file__).parents[2],
+    )
     os.close(writer)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
@@ -142,8 +139,8 @@ def test_a_reader_that_goes_away_does_not_stop_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("colour", [True, False])
-def test_a_terminal_gets_one_live_line(tmp_path: Path, colour: bool) -> None:
-    text = on_terminal(tmp_path, COLUMNS="120", **({} if colour else {"NO_COLOR": "1"}))
+def test_a_terminal_gets_one_live_line(colour: bool) -> None:
+    text = on_terminal(COLUMNS="120", **({} if colour else {"NO_COLOR": "1"}))
     assert "\x1b[2K" in text
     assert ("\x1b[36m" in text) == colour
     for part in (
@@ -157,23 +154,36 @@ def test_a_terminal_gets_one_live_line(tmp_path: Path, colour: bool) -> None:
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
 
 
-def test_a_narrow_terminal_keeps_the_live_line_in_one_line(tmp_path: Path) -> None:
-    text = on_terminal(tmp_path, COLUMNS="80", NO_COLOR="1")
+def test_a_narrow_terminal_keeps_the_live_line_in_one_line() -> None:
+    text = on_terminal(COLUMNS="80", NO_COLOR="1")
     live = [line for line in text.replace("\r", "\n").splitlines() if "1/3000" in line]
     assert live
     assert all("eta" in line for line in live)
 
 
-def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path) -> None:
-    text = on_terminal(tmp_path, TERM="dumb")
+def test_a_dumb_terminal_gets_plain_lines() -> None:
+    text = on_terminal(TERM="dumb")
     assert "\x1b" not in text
     assert "step    1/3000  loss 5.9000" in text
 
 
-def on_terminal(tmp_path: Path, **variables: str) -> str:
-    master, slave = pty.openpty()
-    process = start(tmp_path / "mark", slave, slave, **variables)
-    os.close(slave)
+def on_terminal(**variables: str) -> str:
+    """What a fork of this process writes there; a new one would import for seconds."""
+    process, master = pty.fork()
+    if process == 0:
+        try:
+            os.environ.update({"TERM": "xterm", **variables})
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            # The shared console, as a new process would make it.
+            shared_console.__init__(stderr=True)  # type: ignore[misc]
+            run(Console(0))
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(1)
     text = b""
     while True:
         try:
@@ -184,5 +194,5 @@ def on_terminal(tmp_path: Path, **variables: str) -> str:
             break
         text += part
     os.close(master)
-    assert process.wait(timeout=60) == 0
+    assert os.waitpid(process, 0)[1] == 0, text.decode()
     return text.decode()
