@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from cantata.core.errors import ConfigError
 from cantata.models.protocol import LanguageModel
+from cantata.nn.lora import is_factor
 from cantata.parallel.fsdp import shard_dimension
 from cantata.tools.plan import read_stage
 from cantata.train.memory import GIB, estimate_memory, layout_of
@@ -109,6 +110,29 @@ def test_the_formula_of_the_start_up_report_is_as_good() -> None:
     batch = likely_batch(chosen, model)
     estimate = estimate_memory(model, layout, batch, chosen.train.recompute, META, 1)
     assert estimate.parts() == pytest.approx(plan.memory.parts(), rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_what_adapters_leave_as_it_came_is_held_in_what_it_computes_with(precision: str) -> None:
+    overrides = (
+        "experiment=emoji_lora",
+        *MINI,
+        f"engine.precision={precision}",
+        "cluster.gpus=4",
+        "mesh.ep=2",
+    )
+    chosen = read_stage("lora", overrides, None)
+    plan, model = make_plan(chosen), language_model(chosen)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    factors = sum(size for name, size in sizes.items() if is_factor(name))
+    base = sum(sizes.values()) - factors
+    expected = (base * (2 if precision == "bf16" else 4) + factors * 4) / 4
+    # Shards are rounded up to whole rows.
+    assert plan.memory.parameters == pytest.approx(expected, rel=0.02)
+    assert plan.memory.gradients == pytest.approx(factors, rel=0.1)
+    layout, batch = layout_of(chosen.engine, plan.mesh), likely_batch(chosen, model)
+    estimate = estimate_memory(model, layout, batch, chosen.train.recompute, META, 1)
+    assert estimate.parameters == pytest.approx(expected, rel=0.001)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])

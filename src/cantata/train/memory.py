@@ -23,8 +23,10 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from cantata.core.types import Batch
+from cantata.models.lora import base_names
 from cantata.models.protocol import LanguageModel
 from cantata.parallel.mesh import MeshSizes
 from cantata.parallel.recompute import Recompute
@@ -74,6 +76,11 @@ class Layout:
     """Weights are brought together unit by unit, as they are used."""
     ep: int
     """Ranks that the experts are spread over."""
+
+    @property
+    def base(self) -> Resting:
+        """Weights that adapters leave as they came: no more bits of them are kept than compute."""
+        return self.weights._replace(bytes_each=min(self.weights.bytes_each, self.compute_dtype.itemsize))
 
 
 def fsdp2_layout(
@@ -169,9 +176,14 @@ def estimate_memory(
         device: where the run will compute; it decides which kernels keep what.
     """
     local = on_one_rank(model, layout.ep)
+    assert isinstance(local, nn.Module)
     experts = expert_ids(local)
-    parameters = [parameter for _, parameter in local.named_parameters()]
-    trained = Elements.of((parameter for parameter in parameters if parameter.requires_grad), experts)
+    base = base_names(local)
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for name, parameter in local.named_parameters():
+        parts[name in base].append(parameter)
+    own, adapted = (Elements.of(part, experts) for part in parts)
+    trained = Elements.of((parameter for parameter in parts[0] if parameter.requires_grad), experts)
     gradients = layout.gradients.of(trained)
     accumulates = accumulation_steps > 1
     peak = peak_activation_bytes(
@@ -184,7 +196,7 @@ def estimate_memory(
     )
     units = [sum(parameter.numel() for parameter in unit.module.parameters()) for unit in local.units()]
     return MemoryEstimate(
-        parameters=layout.weights.of(Elements.of(parameters, experts)),
+        parameters=layout.weights.of(own) + layout.base.of(adapted),
         gradients=gradients,
         optimizer=layout.states.of(trained),
         gathered=gathered_bytes(layout, units),

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from cantata.core.build import build
 from cantata.core.errors import ConfigError
 from cantata.core.types import Batch, Segments
+from cantata.models.lora import base_names
 from cantata.models.protocol import LanguageModel
 from cantata.parallel.fake_world import fake_world
 from cantata.parallel.materialize import Index
@@ -126,7 +127,9 @@ def held_by_rank_0(stage: LanguageStage, layout: Layout) -> dict[str, int] | Non
         engine = _without_values(stage, mesh)
         if layout.weights.bytes_each == 0:
             return dict.fromkeys(("parameters", "gradients", "optimizer"), 0)
-        return shard_bytes(engine.state_dict())
+        base = base_names(engine.model)
+        kept = {f"model.{name}": shard for name, shard in engine.model.named_parameters() if name in base}
+        return shard_bytes(engine.state_dict() | kept)
 
 
 def shard_bytes(state: Mapping[str, Any]) -> dict[str, int]:
