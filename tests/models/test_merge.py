@@ -37,6 +37,8 @@ def logits(base: Base, model: Aria) -> torch.Tensor:
     [
         lora(targets=["*"], ranks={"*.fc1": 2}, rslora=True),
         lora(targets=["*"], dora=True, modules_to_save=["*.router.weight", "head.norm.weight"]),
+        # Saved in full and adapted besides: both count.
+        lora(targets=["text.layers.*"], modules_to_save=["*.q_proj.weight", "*.experts.fc1"]),
     ],
 )
 def test_the_merged_model_is_the_adapted_one(base: Base, config: LoRAConfig) -> None:

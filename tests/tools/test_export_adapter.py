@@ -81,7 +81,7 @@ def make_run(run: Path, weights: Path | None, settings: LoRAConfig = CONFIG) -> 
     kept = CheckpointConfig(every=1, keep=3, background=False, resume="auto", best=None)
     checkpoints = Checkpointer(run, kept, fingerprint(model))
     engine: Any = AdapterEngine(model)
-    identity = BaseIdentity(config["model"]["weights"], config["seed"])
+    identity = BaseIdentity(config["model"]["weights"], config["seed"], settings)
     checkpoints.save(3, engine, {}, {BASE: identity.state_dict()})
     checkpoints.close()
     dist.destroy_process_group()

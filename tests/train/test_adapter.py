@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from cantata.nn.lora import LoRASettings, adapt
 from cantata.nn.matmul import Linear
 from cantata.parallel.materialize import Index
 from cantata.train.adapter import AdapterValues, BaseIdentity, digest
+from tests.models.test_lora import CONFIG as LORA
 
 WEIGHT = torch.arange(12.0).view(4, 3)
 
@@ -68,30 +71,48 @@ def test_saved_values_go_before_new_ones_and_before_the_base() -> None:
     assert not values.read("proj.lora_B", ALL).any()
 
 
+def stored(folder: Path, **tensors: Tensor) -> str:
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    return str(folder)
+
+
 def test_a_checkpoint_knows_its_base(tmp_path: Path) -> None:
-    for name, value in (("one", 1.0), ("other", 2.0)):
-        (tmp_path / name).mkdir()
-        save_file({"w": torch.full((50_000,), value)}, tmp_path / name / "model.safetensors")
-    state = BaseIdentity(str(tmp_path / "one"), 7).state_dict()
-    os.rename(tmp_path / "one", tmp_path / "moved")
-    BaseIdentity(str(tmp_path / "moved"), 8).load_state_dict(state)
+    one = stored(tmp_path / "one", w=torch.ones(50_000))
+    other = stored(tmp_path / "other", w=torch.full((50_000,), 2.0))
+    state = BaseIdentity(one, 7, LORA).state_dict()
+    os.rename(one, tmp_path / "moved")
+    BaseIdentity(str(tmp_path / "moved"), 8, LORA).load_state_dict(state)
     with pytest.raises(ConfigError, match=r"adapts other weights \(model.weights=.*one\) than these"):
-        BaseIdentity(str(tmp_path / "other"), 7).load_state_dict(state)
+        BaseIdentity(other, 7, LORA).load_state_dict(state)
 
 
 def test_random_bases_are_known_by_their_seed() -> None:
-    state = BaseIdentity(None, 7).state_dict()
-    BaseIdentity(None, 7).load_state_dict(state)
-    with pytest.raises(ConfigError, match="adapts other weights"):
-        BaseIdentity(None, 8).load_state_dict(state)
+    state = BaseIdentity(None, 7, LORA).state_dict()
+    BaseIdentity(None, 7, replace(LORA, dropout=0.5)).load_state_dict(state)
+    with pytest.raises(
+        ConfigError, match=r"\(random values of seed=7\) than these \(random values of seed=8\)"
+    ):
+        BaseIdentity(None, 8, LORA).load_state_dict(state)
 
 
-@pytest.mark.parametrize("place", [0, 150_000, 299_999])
-def test_the_digest_sees_the_beginning_the_middle_and_the_end(tmp_path: Path, place: int) -> None:
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(bytes(300_000))
-    before = digest(tmp_path)
-    content = bytearray(300_000)
-    content[place] = 1
-    file.write_bytes(content)
-    assert digest(tmp_path) != before
+@pytest.mark.parametrize("change", [{"alpha": 8.0}, {"rslora": True}])
+def test_factors_are_not_scaled_otherwise_after_a_resume(change: dict[str, Any]) -> None:
+    state = BaseIdentity(None, 7, LORA).state_dict()
+    with pytest.raises(ConfigError, match=rf"was trained with lora\.{next(iter(change))}="):
+        BaseIdentity(None, 7, replace(LORA, **change)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["small", "large", "experts"])
+def test_the_digest_sees_a_part_of_every_tensor_and_of_many_experts(tmp_path: Path, name: str) -> None:
+    """What merging an adapter into a base changes: whole matrices, or some experts of a stack."""
+    tensors = {
+        "small": torch.zeros(3),
+        "large": torch.zeros(300, 1000),
+        "experts": torch.zeros(32, 40, 50),
+    }
+    before = digest(Path(stored(tmp_path / "before", **tensors)))
+    changed = tensors[name].clone()
+    changed[10 if name == "experts" else slice(None)] = 1.0
+    assert digest(Path(stored(tmp_path / "after", **{**tensors, name: changed}))) != before
+    assert digest(Path(stored(tmp_path / "same", **tensors))) == before

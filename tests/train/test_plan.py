@@ -169,6 +169,15 @@ def test_images_take_half_of_a_row_where_they_are_trained_on() -> None:
         likely_batch(chosen, language_model(chosen))
 
 
+def test_adapters_beside_a_frozen_tower_are_trained_on_images_all_the_same() -> None:
+    rule = "{learning_rate: null, weight_decay: null, frozen: true}"
+    for frozen, images in (("vision.*",), 8), (("vision.*", "projector.*"), 0):
+        rules = ", ".join(f"{pattern}: {rule}" for pattern in frozen)
+        overrides = ("experiment=emoji_lora", *MINI, f"+parameters={{{rules}}}")
+        chosen = read_stage("lora", overrides, None)
+        assert len(likely_batch(chosen, language_model(chosen)).images.patches.lengths) == images
+
+
 def test_whether_it_fits() -> None:
     plan = make_plan(stage(*TINY, *MINI, "cluster.memory_gib=1000"))
     assert plan.fits is True

@@ -59,11 +59,13 @@ class MergedWeights:
 
     def read(self, name: str) -> Tensor:
         """A whole parameter."""
-        if name in self._saved:
-            return self._adapter(name).to(self._dtype or self._base_dtype(name))
-        weight = self._base.read(name, whole(self._shapes[name]))
-        dtype = self._dtype or weight.dtype
         target = self._targets.get(name)
+        if name in self._saved:
+            # It may be adapted besides.
+            weight, dtype = self._adapter(name), self._dtype or self._base_dtype(name)
+        else:
+            weight = self._base.read(name, whole(self._shapes[name]))
+            dtype = self._dtype or weight.dtype
         return weight.to(dtype) if target is None else self._merge(weight, target, dtype)
 
     def _merge(self, weight: Tensor, target: Target, dtype: torch.dtype) -> Tensor:

@@ -56,9 +56,10 @@ class OpenRun:
 
         Raises `ConfigError` where they cannot be read or are other ones than training's.
         """
+        assert self.lora is not None
         weights = self.config["model"]["weights"] if folder is None else str(folder)
         found = base_values(weights, self.config["seed"], self.model)
-        BaseIdentity(weights, self.config["seed"]).load_state_dict(self.state["extra"][BASE])
+        BaseIdentity(weights, self.config["seed"], self.lora).load_state_dict(self.state["extra"][BASE])
         return found
 
 

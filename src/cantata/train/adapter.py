@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from cantata.core.errors import ConfigError
+from cantata.models.lora import LoRAConfig
 from cantata.nn.lora import MAGNITUDE, is_factor
 from cantata.parallel.materialize import Index, RandomInit, Source
 
-_SAMPLED = 2**16
+_PARTS, _PART_BYTES = 16, 2**10
 
 
 class AdapterValues:
@@ -54,39 +56,57 @@ class AdapterValues:
 
 
 class BaseIdentity:
-    """Travels in an adapter's checkpoints, which are worth nothing without the weights that they adapt.
+    """Travels in an adapter's checkpoints: what they adapt, and how their factors count.
+
+    Neither shows in the factors themselves, which are worth nothing without.
 
     Args:
         weights: the Hugging Face directory of the base, or None for random values.
         seed: which those follow from.
+        lora: what the factors are scaled by.
     """
 
-    def __init__(self, weights: str | None, seed: int) -> None:
-        self._weights = weights
+    def __init__(self, weights: str | None, seed: int, lora: LoRAConfig) -> None:
+        self._weights = f"random values of seed={seed}" if weights is None else f"model.weights={weights}"
         self._digest = f"seed {seed}" if weights is None else digest(Path(weights))
+        self._scaling = {"alpha": lora.alpha, "rslora": lora.rslora}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"weights": self._weights, "digest": self._digest}
+        return {"weights": self._weights, "digest": self._digest, "scaling": self._scaling}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises `ConfigError` where a checkpoint adapts other weights."""
+        """Raises `ConfigError` where a checkpoint adapts other weights, or scales its factors otherwise."""
         if state["digest"] != self._digest:
-            was, now = (f"model.weights={weights}" for weights in (state["weights"], self._weights))
             raise ConfigError(
-                f"the checkpoint adapts other weights ({was}) than these ({now}); give those that it began "
-                "with, or start anew with another out="
+                f"the checkpoint adapts other weights ({state['weights']}) than these ({self._weights}); "
+                "give those that it began with, or start anew with another out="
             )
+        for key, value in self._scaling.items():
+            was = state["scaling"][key]
+            if was != value:
+                raise ConfigError(
+                    f"the checkpoint was trained with lora.{key}={was}, the config has {value}, which would "
+                    "change what it learned; restore it, or start anew with another out="
+                )
 
 
 def digest(directory: Path) -> str:
-    """Names, sizes and samples (beginning, middle and end) of a directory's weights: quick even for 50 GB."""
+    """Every file's header and a part of each of its tensors: quick even for 50 GB.
+
+    Of a stack of experts the parts lie in several of them, so that one expert more or less is seen.
+    """
     found = hashlib.blake2b(digest_size=16)
     for file in sorted(directory.glob("*.safetensors")):
-        size = file.stat().st_size
-        found.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
-            for start in (0, size // 2, size - _SAMPLED):
-                stream.seek(max(0, start))
-                found.update(stream.read(_SAMPLED))
+            length = stream.read(8)
+            header = stream.read(int.from_bytes(length, "little"))
+            found.update(file.name.encode() + length + header)
+            tensors = json.loads(header)
+            begin = 8 + len(header)
+            for name in sorted(tensors.keys() - {"__metadata__"}):
+                start, end = tensors[name]["data_offsets"]
+                for part in range(_PARTS):
+                    stream.seek(begin + start + (end - start) * part // _PARTS)
+                    found.update(stream.read(min(_PART_BYTES, (end - start) // _PARTS + 1)))
     return found.hexdigest()

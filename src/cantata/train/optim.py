@@ -71,7 +71,7 @@ def parameter_groups(
             raise ConfigError(f"parameters.{pattern!r} matches no parameter{_near(pattern, named)}")
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in named.items():
-        match = next((pattern for pattern in reversed(list(rules)) if fnmatchcase(name, pattern)), None)
+        match = deciding_pattern(name, rules)
         rule = rules[match] if match is not None else ParameterRule(None, None, frozen=False)
         if rule.frozen:
             parameter.requires_grad_(False)
@@ -94,6 +94,11 @@ def parameter_groups(
     if not groups:
         raise ConfigError("parameters: every parameter is frozen, nothing is left to train")
     return list(groups.values())
+
+
+def deciding_pattern(name: str, rules: Mapping[str, ParameterRule]) -> str | None:
+    """The last pattern that matches a parameter's name."""
+    return next((pattern for pattern in reversed(list(rules)) if fnmatchcase(name, pattern)), None)
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> list[GroupSummary]:

@@ -23,7 +23,13 @@ from cantata.train import deepspeed, describe
 from cantata.train.dry_run import synthetic_batch
 from cantata.train.engine import Engine
 from cantata.train.memory import GIB, Layout, MemoryEstimate, estimate_memory, layout_of
-from cantata.train.optim import GroupSummary, describe_groups, optimizer_defaults, parameter_groups
+from cantata.train.optim import (
+    GroupSummary,
+    deciding_pattern,
+    describe_groups,
+    optimizer_defaults,
+    parameter_groups,
+)
 from cantata.train.options import Offload
 from cantata.train.stage import LanguageStage, build_model
 from cantata.train.startup import Experts
@@ -188,8 +194,8 @@ class _NoValues:
 def likely_batch(stage: LanguageStage, model: LanguageModel) -> Batch:
     """Full rows of one sample each; where images are trained on, their features take half of a row.
 
-    The share is a guess in place of data that a plan does not read. A stage that freezes the tower and the
-    projector is taken to have no images; the shapes of others are those that the processor makes.
+    The share is a guess in place of data that a plan does not read. A stage whose rules freeze the tower and
+    the projector is taken to have no images; the shapes of others are those that the processor makes.
     """
     rows, length = stage.train.micro_batch_size, stage.train.sequence_length
     processor = stage.collator["processor"]
@@ -198,7 +204,9 @@ def likely_batch(stage: LanguageStage, model: LanguageModel) -> Batch:
         raise ConfigError(f"collator.processor.{min(unknown)} is not there, and cantata plan needs it")
     features = processor["features_per_image"]
     patches = (processor["image_size"] // processor["patch_size"]) ** 2
-    sees = any(p.requires_grad for name, p in model.named_parameters() if name.startswith(IMAGE_PATH))
+    path = [name for name, _ in model.named_parameters() if name.startswith(IMAGE_PATH)]
+    deciding = [deciding_pattern(name, stage.parameters) for name in path]
+    sees = any(pattern is None or not stage.parameters[pattern].frozen for pattern in deciding)
     images = rows * max(1, length // (2 * features)) if sees and features <= length else 0
     return synthetic_batch(
         Segments((length,) * rows),

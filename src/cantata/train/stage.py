@@ -103,6 +103,14 @@ class LoRAStage(FineTuneStage):
     lora: LoRAConfig
     """Which parts get low-rank adapters; all else is frozen."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora.dora and self.engine.get("precision") == "bf16":
+            raise ConfigError(
+                "lora.dora=true needs engine.precision=fp32: gathered in bf16, a learned magnitude would be "
+                "rounded to steps of 0.4%, and the model would not begin where its base stands"
+            )
+
 
 def require_weights(stage: LanguageStage) -> None:
     """Raise `ConfigError` where nobody has said what to start from."""
@@ -129,7 +137,7 @@ def base_identity(stage: LanguageStage) -> dict[str, BaseIdentity]:
     """What the checkpoints of an adapter keep of the weights that it adapts."""
     if not isinstance(stage, LoRAStage):
         return {}
-    return {"base": BaseIdentity(stage.model["weights"], stage.seed)}
+    return {"base": BaseIdentity(stage.model["weights"], stage.seed, stage.lora)}
 
 
 def build_data(stage: LanguageStage, model: nn.Module) -> tuple[Loader, HeldOut]:
