@@ -102,3 +102,8 @@ def test_an_unknown_stage_is_refused(configs: Path) -> None:
 def test_one_line_takes_the_first_that_says_something() -> None:
     assert one_line("\n  first\nsecond") == "first"
     assert one_line(KeyError()) == "KeyError"
+
+
+def test_quoted_keys_are_named_as_the_cause() -> None:
+    with pytest.raises(ConfigError, match=r"keys are written without quotes"):
+        compose("pretrain", ['+parameters={"vision.*": {frozen: true}}'])

@@ -149,5 +149,13 @@ def test_an_adapter_in_pefts_format_over_a_published_folder(tmp_path: Path) -> N
     for merge in (False, True):
         found = open_model(tmp_path / "hub", tmp_path / "adapter", merge=merge)
         assert_near(logits(found), expected)
+    assert found.notes == []
+    (tmp_path / "hub").rename(tmp_path / "other")
+    [note] = open_model(tmp_path / "other", tmp_path / "adapter").notes
+    assert "adapter was trained on" in note
+    with pytest.raises(ConfigError, match="--merge needs an adapter"):
+        open_model(tmp_path / "other", merge=True)
+    with pytest.raises(ConfigError, match="--merge needs an adapter"):
+        open_model(tmp_path / "base", merge=True)
     with pytest.raises(ConfigError, match="--adapter goes with a Hugging Face folder"):
         open_model(tmp_path / "run", tmp_path / "adapter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from torch import nn
 
 from cantata.core.errors import ConfigError
+from cantata.models.lora import apply_lora
+from cantata.nn.matmul import Linear
 from cantata.train.optim import ParameterRule, describe_groups, optimizer_defaults, parameter_groups
+from tests.models.test_lora import CONFIG as LORA
 
 
 def build() -> nn.Module:
@@ -92,3 +96,13 @@ def test_the_report_counts_everything_once() -> None:
 def test_defaults_come_from_the_partial_or_its_signature() -> None:
     assert optimizer_defaults(partial(torch.optim.AdamW, lr=3e-4, weight_decay=0.2)) == (3e-4, 0.2)
     assert optimizer_defaults(partial(torch.optim.AdamW, lr=3e-4)) == (3e-4, 1e-2)
+
+
+def test_what_adapters_leave_frozen_is_not_trained_by_a_rate() -> None:
+    model = nn.ModuleDict({"proj": Linear(3, 3), "norm": nn.LayerNorm(3)})
+    apply_lora(model, replace(LORA, targets=["proj"]))
+    rate = ParameterRule(1e-3, None, frozen=False)
+    with pytest.raises(ConfigError, match=r"parameters.'norm.\*' matches only what adapters leave frozen"):
+        parameter_groups(model, {"norm.*": rate}, 1e-4, 0.1)
+    [group] = parameter_groups(model, {"norm.*": replace(rate, frozen=True), "proj.*": rate}, 1e-4, 0.1)
+    assert (group["name"], group["lr"], len(group["params"])) == ("proj.*", 1e-3, 2)

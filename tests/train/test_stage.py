@@ -17,6 +17,7 @@ from cantata.parallel.materialize import RandomInit
 from cantata.train.stage import (
     FineTuneStage,
     LanguageStage,
+    LoRAStage,
     build_data,
     build_model,
     initial_values,
@@ -116,3 +117,16 @@ def test_choices_belong_to_held_out_sources() -> None:
     assert fine_tune("+accuracy.choices={emoji: [Flags, Objects]}").accuracy.choices["emoji"][0] == "Flags"
     with pytest.raises(ConfigError, match=r"accuracy\.choices\.emojis is no source .* nearest: emoji"):
         fine_tune("+accuracy.choices={emojis: [Flags, Objects]}")
+
+
+def test_going_by_accuracy_needs_questions() -> None:
+    best = "checkpoint.best={metric: eval/accuracy/emoji, mode: max}"
+    node, origins = compose("sft", ["experiment=emoji_sft", best, "accuracy.samples=0"])
+    with pytest.raises(ConfigError, match=r"checkpoint.best.metric=eval/accuracy/emoji needs questions"):
+        load(node, FineTuneStage, origins)
+
+
+def test_dora_wants_fp32() -> None:
+    node, origins = compose("lora", ["experiment=emoji_lora", "lora.dora=true"])
+    with pytest.raises(ConfigError, match=r"lora.dora=true needs engine.precision=fp32"):
+        load(node, LoRAStage, origins)

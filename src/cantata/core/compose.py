@@ -119,7 +119,8 @@ def explain(error: Exception, config_name: str, overrides: Sequence[str], folder
         group, _, name = error.missing_cfg_file.rpartition("/")
         return ConfigError(f"{group or 'config'}={name}: no such option{hint(name, error.options or [])}")
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"override '{error.override}': {one_line(error.message)}")
+        quoted = "; keys are written without quotes" if re.search(r"[{,]\s*['\"]", error.override) else ""
+        return ConfigError(f"override '{error.override}': {one_line(error.message)}{quoted}")
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         file = _label(*mark.name.removesuffix(".yaml").rpartition("/")[::2])

@@ -88,7 +88,8 @@ class Answers:
             folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in everywhere)
             (folder / f"step-{step:08d}.jsonl").write_text(lines, encoding="utf-8")
-        lines_shown = [f"  {record['truth']}: {record['answer']}" for record in everywhere[:SHOWN]]
+        # An untrained model's answer may hold line breaks.
+        lines_shown = [f"  {one['truth']}: {' '.join(one['answer'].split())}" for one in everywhere[:SHOWN]]
         return Shown(accuracy_metrics(self._questions, own), lines_shown)
 
     def _generated(self, model: nn.Module) -> list[Answer]:

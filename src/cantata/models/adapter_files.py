@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cantata.core.errors import ConfigError
+from cantata.core.schema import convert
 from cantata.models.adapter_names import PREFIX, Target, adapter_targets, hub_parameters, saved_parameters
 from cantata.models.hub import listed, read_json
 from cantata.models.lora import LoRAConfig, apply_lora
@@ -34,6 +35,20 @@ _ABSENT: dict[str, Any] = {
     "target_parameters": [],
 }
 """What a key means that a config leaves out."""
+
+_TYPES: dict[str, Any] = {
+    "r": int,
+    "lora_alpha": float,
+    "lora_dropout": float,
+    "use_rslora": bool,
+    "use_dora": bool,
+    "rank_pattern": dict[str, int],
+    "alpha_pattern": dict[str, float],
+    "target_modules": str | list[str],
+    "target_parameters": list[str],
+    "modules_to_save": list[str],
+}
+"""Of what is there, as PEFT writes it."""
 
 _NOT_BUILT = (
     "alora_invocation_tokens",
@@ -178,7 +193,8 @@ class AdapterReader:
 def read_adapter_config(directory: Path) -> dict[str, Any]:
     """What `adapter_config.json` says, with PEFT's values for what it leaves out.
 
-    Raises `ConfigError` where there is none, or it is of an adapter that is not built here.
+    Raises `ConfigError` where there is none, a value is of a wrong type, or it is of an adapter that is not
+    built here.
     """
     path = directory / ADAPTER_CONFIG
     if not path.is_file():
@@ -186,6 +202,11 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     settings = _ABSENT | {key: value for key, value in read_json(path).items() if value is not None}
     if settings.get("peft_type") != "LORA":
         raise ConfigError(f"{path}: peft_type is {settings.get('peft_type')!r}; only 'LORA' is supported")
+    for key in _TYPES.keys() & settings.keys():
+        try:
+            convert(settings[key], _TYPES[key], (key,), lambda node, name, runtime: node)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
     others = [f"{key}={settings[key]!r}" for key in _NOT_BUILT if settings.get(key)]
     if settings.get("bias", "none") != "none":
         others.append(f"bias={settings['bias']!r}")

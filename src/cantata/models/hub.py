@@ -73,6 +73,8 @@ class HubReader:
         return part
 
     def _locate(self) -> dict[str, str]:
+        if not self.directory.is_dir():
+            raise ConfigError(f"{self.directory}: no such folder; give a Hugging Face model directory")
         if (self.directory / SINGLE).is_file():
             return dict.fromkeys(self._file_keys(SINGLE), SINGLE)
         if not (self.directory / INDEX).is_file():

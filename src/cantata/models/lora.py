@@ -139,7 +139,12 @@ def _chosen(names: list[str], config: LoRAConfig) -> dict[str, str]:
     for key, patterns in (("targets", config.targets), ("ranks", config.ranks)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                near = hint(pattern.replace("*", "").strip("."), _stems(names))
+                inside = any(fnmatchcase(name, f"*.{pattern}") for name in names)
+                near = (
+                    f"; write '*.{pattern}'"
+                    if inside
+                    else hint(pattern.replace("*", "").strip("."), _stems(names))
+                )
                 raise ConfigError(
                     f"lora.{key}: {pattern!r} matches no linear layer, embedding, head or experts{near}"
                 )

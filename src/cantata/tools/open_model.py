@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cantata.core.errors import ConfigError
 from cantata.data.collate.packed import PackedCollator
-from cantata.models.adapter_files import AdapterReader, read_lora_config, whole
+from cantata.models.adapter_files import AdapterReader, read_adapter_config, read_lora_config, whole
 from cantata.models.aria.hub_reader import read_processor
 from cantata.models.aria.model import aria_from_hub
 from cantata.models.hub import CONFIG, HubReader, parameter_shapes
@@ -96,6 +96,8 @@ def open_model(path: Path, adapter: Path | None = None, *, merge: bool = False) 
             f"{path}: no such folder; give a Hugging Face folder, a run directory or a checkpoint"
         )
     if (path / CONFIG).is_file():
+        if merge and adapter is None:
+            raise ConfigError(f"--merge needs an adapter: {path} has none; add --adapter DIR")
         return _from_hub(path, adapter, merge)
     if adapter is not None:
         raise ConfigError(f"--adapter goes with a Hugging Face folder, and {path} is none")
@@ -136,8 +138,17 @@ def _from_hub(path: Path, adapter: Path | None, merge: bool) -> OpenedModel:
             model, source = bare, Merged(weights, {})
         else:
             source = AdapterValues(model, source, reader, seed=0)
+    notes = [*found.notes, *_other_base(path, adapter)]
     collator = PackedCollator(found.processor)
-    return OpenedModel(model, collator, source, model.max_positions, found.no_images, found.notes)
+    return OpenedModel(model, collator, source, model.max_positions, found.no_images, notes)
+
+
+def _other_base(path: Path, adapter: Path | None) -> list[str]:
+    """A line where an adapter says that it was trained on weights of another name."""
+    named = None if adapter is None else read_adapter_config(adapter).get("base_model_name_or_path")
+    if named is None or Path(named).resolve() == path.resolve():
+        return []
+    return [f"{adapter} was trained on {named}; that {path} holds the same weights is not checked"]
 
 
 def _from_run(path: Path, merge: bool) -> OpenedModel:
@@ -151,7 +162,9 @@ def _from_run(path: Path, merge: bool) -> OpenedModel:
     run = open_run(checkpoint)
     model = run.model
     source: Source = RunWeights(run)
-    if run.lora is not None and merge:
+    if merge:
+        if run.lora is None:
+            raise ConfigError(f"--merge needs an adapter, and {path} trained none")
         weights = MergedWeights(model, run.layout, run.lora, run.base(None), run.read, None)
         with torch.device("meta"):
             model = build_section(run.config, "model", checkpoint)

@@ -13,6 +13,7 @@ from torch import nn
 
 from cantata.core.errors import ConfigError
 from cantata.core.suggest import hint
+from cantata.models.lora import base_names
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,20 @@ def parameter_groups(
     decay. Each group carries `name`, `lr`, `weight_decay` and `base_lr`, which schedules multiply.
 
     Raises:
-        ConfigError: a pattern matches no parameter, or nothing is left to train.
+        ConfigError: a pattern matches no parameter, or means to train what adapters leave frozen, or nothing
+            is left to train.
     """
     named = dict(model.named_parameters())
     for pattern in rules:
         if not any(fnmatchcase(name, pattern) for name in named):
             raise ConfigError(f"parameters.{pattern!r} matches no parameter{_near(pattern, named)}")
+    base = base_names(model)
+    for pattern, rule in rules.items():
+        if not rule.frozen and base.issuperset(name for name in named if fnmatchcase(name, pattern)):
+            raise ConfigError(
+                f"parameters.{pattern!r} matches only what adapters leave frozen; to train it in full, name "
+                "it under lora.modules_to_save"
+            )
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in named.items():
         match = deciding_pattern(name, rules)

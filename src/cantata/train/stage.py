@@ -89,6 +89,9 @@ class FineTuneStage(LanguageStage):
     def __post_init__(self) -> None:
         super().__post_init__()
         held_out = self.data.held_out
+        for key, metric in self.goals().items():
+            if metric.startswith("eval/accuracy") and not self.accuracy.samples:
+                raise ConfigError(f"{key}={metric} needs questions: set accuracy.samples above 0")
         for source in self.accuracy.choices:
             if source not in held_out:
                 raise ConfigError(

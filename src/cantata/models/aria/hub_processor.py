@@ -52,7 +52,7 @@ def write_processor(processor: AriaProcessor, projector: AriaProjectorConfig, di
     if processor.image_size not in PUBLISHED_SIZES:
         sizes = " or ".join(map(str, PUBLISHED_SIZES))
         found = f"transformers takes images of {sizes} pixels, this run's have {processor.image_size}"
-        return [*notes, f"no processor_config.json: {found}"]
+        return [*notes, f"no processor_config.json: {found}; of images, ask the run itself"]
     _write_image_processor(processor, projector, directory)
     return notes
 
