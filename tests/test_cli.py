@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,42 @@ def test_a_tool_fails_with_one_line_and_its_code(
     monkeypatch.setattr(cli, "import_module", lambda name: Module)
     assert main(["verify", "x"]) == code
     assert capsys.readouterr().err == line
+
+
+_WRITES = """
+import sys
+from cantata import cli
+
+class Module:
+    @staticmethod
+    def main(arguments):
+        for _ in range({times}):
+            sys.stdout.write("words " * 100)
+            {after}
+        return 0
+
+cli.import_module = lambda name: Module
+sys.exit(cli.main(["generate"]))
+"""
+
+
+@pytest.mark.parametrize("times", [1, 10_000])
+@pytest.mark.parametrize("options", [(), ("-u",)])
+def test_a_reader_that_goes_away_ends_it_in_silence(times: int, options: tuple[str, ...]) -> None:
+    code = _WRITES.format(times=times, after="pass")
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, *options, "-c", code]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_pipe_that_breaks_is_an_error() -> None:
+    code = _WRITES.format(times=1, after="raise BrokenPipeError('a worker')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "BrokenPipeError: a worker" in done.stderr
 
 
 def test_python_dash_m_is_the_same_command() -> None:

@@ -5,7 +5,9 @@ Nothing heavy is imported before the verb is known, so that `cantata --help` ans
 
 from __future__ import annotations
 
+import os
 import runpy
+import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -17,6 +19,8 @@ from cantata.core.locate import recipes_dir
 from cantata.core.suggest import hint
 
 USAGE = 2
+CLOSED_PIPE = 141
+"""As of a process that SIGPIPE ended."""
 
 
 class Verb(NamedTuple):
@@ -43,8 +47,26 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code: 0 done, 1 failed, 2 wrong usage or configuration."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run a verb; returns the exit code: 0 done, 1 failed, 2 wrong usage or configuration.
+
+    141: whoever read standard output went away (`cantata ... | head`), which ends the verb in silence.
+    """
+    try:
+        try:
+            return _command(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        # Python flushes standard output once more at exit, and would complain there.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return CLOSED_PIPE
+
+
+def _command(arguments: list[str]) -> int:
     if not arguments:
         sys.stderr.write(usage())
         return USAGE
@@ -75,6 +97,13 @@ def usage() -> str:
             "",
         ]
     )
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more; other pipes break for other reasons."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _run(verb: Verb, arguments: list[str]) -> int:

@@ -77,6 +77,23 @@ def test_what_is_drawn_is_what_all_filters_in_transformers_order_leave(logits: T
     torch.testing.assert_close(share, kept[0].softmax(-1), atol=2 / count, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-42, 1e-60])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.5}, {"top_k": 3}])
+def test_the_coldest_temperatures_draw_the_likeliest(
+    logits: Tensor, temperature: float, filters: dict[str, Any]
+) -> None:
+    draws = torch.full((ROWS - 2,), 0.4, dtype=torch.float64)
+    logits[2:, 9] = 11.0
+    found = next_tokens(logits[2:], None, draws, config(temperature=temperature, **filters))
+    assert found.tolist() == [9] * (ROWS - 2)
+
+
+def test_the_hottest_temperatures_keep_out_what_must_not_come(logits: Tensor) -> None:
+    draws = (torch.arange(VOCABULARY - 1, dtype=torch.float64) + 0.5) / (VOCABULARY - 1)
+    found = next_tokens(logits[2].expand(len(draws), -1), None, draws, config(temperature=1e60))
+    assert found.tolist() == [token for token in range(VOCABULARY) if token != 7]
+
+
 def test_the_ends_of_the_line_fall_on_tokens_that_can_come() -> None:
     probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     for number, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (1 - 2**-53, 3)):

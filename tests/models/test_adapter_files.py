@@ -162,6 +162,12 @@ def test_a_truncated_file_and_none(base: Base, model: Aria, adapter: Path) -> No
         ({"lora_bias": True}, "lora_bias=True"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4', which changes the base"),
         ({"rank_pattern": {"(": 2}}, "rank_pattern: '(' is no pattern"),
+        ({"r": "a"}, "adapter_config.json: r must be an integer, not 'a'"),
+        ({"lora_alpha": "z"}, "lora_alpha must be a number, not 'z'"),
+        ({"rank_pattern": []}, "rank_pattern must be a mapping, not []"),
+        ({"alpha_pattern": {"lm_head": "x"}}, "alpha_pattern.lm_head must be a number"),
+        ({"target_parameters": "abc"}, "target_parameters must be a list, not 'abc'"),
+        ({"target_modules": 3}, "target_modules must be a string or a list, not 3"),
     ],
 )
 def test_adapters_that_are_not_built_here(
@@ -169,6 +175,11 @@ def test_adapters_that_are_not_built_here(
 ) -> None:
     change_config(adapter, **change)
     assert message in refusal(base, model, adapter)
+
+
+def test_targets_may_be_a_pattern_and_null_is_absent(base: Base, model: Aria, adapter: Path) -> None:
+    change_config(adapter, target_modules=".*q_proj", alpha_pattern=None)
+    read(base, model, adapter)
 
 
 def test_folders_that_describe_no_adapter_of_this_model(base: Base, adapter: Path) -> None:

@@ -128,6 +128,15 @@ def test_text_is_shown_as_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
         (("--prompt", "x", "--max-new-tokens", "many"), "invalid int value: 'many'"),
         (("--prompt", "x", "--batch-size", "0"), "--batch-size: 0 is not at least 1"),
         (("--prompt", "word " * 3000), "the prompt has 3"),
+        (("--prompt", "", "--raw"), "the prompt is empty"),
+        (("--prompt", "x", "--prompt", "", "--raw"), "prompt 2 of 2 is empty"),
+        (("--prompt", "x", "--prompt", "\udc80"), "--prompt 2: the text is no valid Unicode"),
+        (("--prompt", "x", "--image", "gone.png"), "--prompt 1: gone.png: missing image"),
+        (("--prompt", "x", "--pages", "1"), "--pages: for PDFs, and no prompt has one"),
+        (("--prompt", "x", "--max-model-len", "9"), "--max-model-len: for PDFs"),
+        (("--prompt", "x", "--gallery", "x.png"), "--gallery: for PDFs"),
+        (("--prompt", "x", "--image-size", "32"), "--image-size: for images, videos and PDFs"),
+        (("--prompt", "x", "--no-split"), "--split or --no-split: for images, videos and PDFs"),
     ],
 )
 def test_bad_usage_is_one_line_before_weights_are_read(

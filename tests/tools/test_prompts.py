@@ -49,8 +49,31 @@ def test_a_file_of_prompts(files: Path) -> None:
     file = files / "prompts.jsonl"
     file.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
     red = files / "red.png"
-    assert read_prompts(file) == [Prompt("a"), Prompt("b", (red,)), Prompt("c", (red, red))]
+    one, three, five = (f"{file}, line {number}" for number in (1, 3, 5))
+    assert read_prompts(file) == [
+        Prompt("a", origin=one),
+        Prompt("b", (red,), origin=three),
+        Prompt("c", (red, red), origin=five),
+    ]
     assert [len(sample.images) for sample in encode(read_prompts(file), PROCESSOR, is_chat=True)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_end_at_newlines_alone(tmp_path: Path, start: str, end: str) -> None:
+    texts = ["a\u2028b", "c\u2029d", "e\x85f"]
+    lines = end.join(json.dumps({"prompt": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "p.jsonl").write_bytes((start + lines).encode())
+    assert [prompt.text for prompt in read_prompts(tmp_path / "p.jsonl")] == texts
+
+
+def test_a_file_that_cannot_be_read_is_named_with_its_line(files: Path) -> None:
+    for key, name in (("image", "broken.png"), ("video", "gone.mp4"), ("pdf", "broken.png")):
+        lines = [{"prompt": "a"}, {"prompt": "b", key: name}]
+        (files / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        with pytest.raises(ConfigError) as error:
+            encode(read_prompts(files / "p.jsonl"), PROCESSOR, is_chat=True)
+        assert f"{files / 'p.jsonl'}, line 2: {files / name}: " in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +83,7 @@ def test_a_file_of_prompts(files: Path) -> None:
         ("{", "line 1: no JSON"),
         ('"text"', 'line 1: wanted is {"prompt": "text"}'),
         ('{"prompt": 3}', "line 1: wanted is"),
+        ('{"prompt": "\\ud800"}', "p.jsonl, line 1: the text is no valid Unicode"),
         ('{"prompt": "x", "images": "y"}', "'images' is none of prompt, image, video, pdf; nearest: image"),
         ('{"prompt": "x", "image": [3]}', "line 1, image: wanted is a path"),
     ],
@@ -81,7 +105,8 @@ def test_lines_that_are_no_prompts(tmp_path: Path, line: str, message: str) -> N
     ],
 )
 def test_files_that_cannot_be_read(files: Path, prompt: Prompt, message: str) -> None:
-    given = Prompt("x", *(tuple(files / path for path in kind) for kind in prompt[1:]))
+    images, videos, pdfs = (tuple(files / path for path in kind) for kind in prompt[1:4])
+    given = Prompt("x", images, videos, pdfs)
     with pytest.raises(ConfigError) as error:
         encode([given], PROCESSOR, is_chat=True)
     assert message in str(error.value)

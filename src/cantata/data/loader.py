@@ -11,11 +11,12 @@ used leaves no trace, and the state means the same for any number of ranks, work
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from copy import copy
-from itertools import count, cycle
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import count, cycle, islice
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -23,20 +24,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from cantata.core.errors import CantataError, ConfigError, RunError
 from cantata.core.samples import Sample
 from cantata.core.types import Batch, RowInfo
+from cantata.data.ahead import one_ahead, repeated
 from cantata.data.collate.packed import PackedCollator, Row
 from cantata.data.drops import sum_drops, sum_reads
+from cantata.data.handover import Failure, arrived, leave_signals_to_the_trainer, unchanged
 from cantata.data.order import BLOCK, Order
 from cantata.data.packing import Packer, check_states
 from cantata.data.reading import Drop, Reader, Source
 
 log = logging.getLogger(__name__)
-
-
-class Failure(NamedTuple):
-    """An error on its way from a worker process to the trainer."""
-
-    message: str
-    is_config: bool
 
 
 class Streams(IterableDataset[Row | Failure]):
@@ -164,16 +160,16 @@ class Loader:
     def __iter__(self) -> Generator[Batch, None, None]:
         """Batches without end. Close it: workers ignore signals, and a process that has one does not exit."""
         rows = self._ready_rows()
-        while True:
-            batch = [next(rows) for _ in range(self._micro_batch_size)]
-            for row in batch:
-                assert row.info is not None
-                self._states[row.info.stream] = row.info.state
-                self._tell_drops(row.info)
-                if row.info.dropped:
-                    self._reader.check_skipped(self.reads(), self.dropped())
-            self._rows += self._micro_batch_size * self._world_size
-            yield self.collator.collate(batch, self._reader.sequence_length)
+        make = partial(self._make_batch, rows)
+        with closing(rows), closing(one_ahead(make) if self._num_workers else repeated(make)) as batches:
+            for taken, batch in batches:
+                for info in taken:
+                    self._states[info.stream] = info.state
+                    self._tell_drops(info)
+                    if info.dropped:
+                        self._reader.check_skipped(self.reads(), self.dropped())
+                self._rows += self._micro_batch_size * self._world_size
+                yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state, as plain JSON values; the ranks differ in their `streams` alone."""
@@ -242,7 +238,12 @@ class Loader:
             "sources": self.order.describe(),
         }
 
-    def _ready_rows(self) -> Iterator[Row]:
+    def _make_batch(self, rows: Iterator[Row]) -> tuple[list[RowInfo], Batch]:
+        taken = list(islice(rows, self._micro_batch_size))
+        infos = [row.info for row in taken if row.info is not None]
+        return infos, self.collator.collate(taken, self._reader.sequence_length)
+
+    def _ready_rows(self) -> Generator[Row, None, None]:
         """This rank's rows from the next one on."""
         first = self._rows + (self._rank - self._rows) % self._world_size
         streams = [
@@ -279,22 +280,5 @@ class Loader:
             generator=torch.Generator(),
             num_workers=int(has_worker),
             prefetch_factor=self._prefetch if has_worker else None,
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=leave_signals_to_the_trainer,
         )
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    # A signal to the whole job asks the trainer to save and stop; it still needs its workers for that.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def unchanged(item: Any) -> Any:
-    return item
-
-
-def arrived(item: Row | Failure) -> Row:
-    """The row, or the worker's error as its own."""
-    if isinstance(item, Failure):
-        raise (ConfigError if item.is_config else RunError)(item.message)
-    return item

@@ -58,7 +58,7 @@ class Generator:
     ) -> list[Generated]:
         """Continue each prompt, up to a stop, `config.max_new_tokens` or the model's last position.
 
-        Raises `ConfigError` for a prompt that leaves no room for an answer.
+        Raises `ConfigError` for a prompt that is empty or leaves no room for an answer.
         """
         check_lengths(prompts, self._max_positions)
         processor = self._collator.processor
@@ -75,10 +75,12 @@ class Generator:
 
 
 def check_lengths(prompts: Sequence[Sample], max_positions: int) -> None:
-    """Raise `ConfigError` for a prompt that leaves no room for an answer."""
+    """Raise `ConfigError` for a prompt that is empty or leaves no room for an answer."""
     for number, prompt in enumerate(prompts, 1):
+        which = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+        if not len(prompt):
+            raise ConfigError(f"{which} is empty, and there is nothing to go on with; give it some text")
         if len(prompt) >= max_positions:
-            which = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
             raise ConfigError(
                 f"{which} has {len(prompt)} tokens, and the model takes {max_positions} with the answer; "
                 "shorten it, or give fewer or smaller images"

@@ -61,12 +61,20 @@ def next_tokens(logits_BV: Tensor, seen_BV: Tensor | None, draws_B: Tensor, conf
         logits_BV = penalize(logits_BV, seen_BV, config.repetition_penalty)
     if config.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV / config.temperature
+    logits_BV = scale(logits_BV, config.temperature)
     if config.top_k:
         logits_BV = keep_top_k(logits_BV, config.top_k)
     if config.top_p < 1:
         logits_BV = keep_top_p(logits_BV, config.top_p)
     return draw(logits_BV.softmax(-1), draws_B)
+
+
+def scale(logits_BV: Tensor, temperature: float) -> Tensor:
+    """The logits over the temperature, shifted so that each row's largest is 0: none overflows to inf."""
+    tiny = torch.finfo(logits_BV.dtype).tiny
+    # Beyond these the temperature or its reciprocal is 0 in this dtype, and of 0 or -inf it would make NaN.
+    within = min(max(temperature, tiny), 1 / tiny)
+    return (logits_BV - logits_BV.amax(-1, keepdim=True)) / within
 
 
 def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:

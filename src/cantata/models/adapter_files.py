@@ -24,31 +24,18 @@ from cantata.models.protocol import EmbedsTokens, HubLayout
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-_ABSENT: dict[str, Any] = {
-    "r": 8,
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-    "use_rslora": False,
-    "use_dora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "target_parameters": [],
+_SETTINGS: dict[str, tuple[Any, Any]] = {
+    "r": (int, 8),
+    "lora_alpha": (float, 8),
+    "lora_dropout": (float, 0.0),
+    "use_rslora": (bool, False),
+    "use_dora": (bool, False),
+    "rank_pattern": (dict[str, int], {}),
+    "alpha_pattern": (dict[str, float], {}),
+    "target_modules": (str | list[str], []),
+    "target_parameters": (list[str], []),
 }
-"""What a key means that a config leaves out."""
-
-_TYPES: dict[str, Any] = {
-    "r": int,
-    "lora_alpha": float,
-    "lora_dropout": float,
-    "use_rslora": bool,
-    "use_dora": bool,
-    "rank_pattern": dict[str, int],
-    "alpha_pattern": dict[str, float],
-    "target_modules": str | list[str],
-    "target_parameters": list[str],
-    "modules_to_save": list[str],
-}
-"""Of what is there, as PEFT writes it."""
+"""The type of a key, and what it means that a config leaves it out or says null."""
 
 _NOT_BUILT = (
     "alora_invocation_tokens",
@@ -199,12 +186,13 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     path = directory / ADAPTER_CONFIG
     if not path.is_file():
         raise ConfigError(f"{directory}: no {ADAPTER_CONFIG}; give the folder of an adapter in PEFT's format")
-    settings = _ABSENT | {key: value for key, value in read_json(path).items() if value is not None}
+    settings = {key: absent for key, (_, absent) in _SETTINGS.items()}
+    settings |= {key: value for key, value in read_json(path).items() if value is not None}
     if settings.get("peft_type") != "LORA":
         raise ConfigError(f"{path}: peft_type is {settings.get('peft_type')!r}; only 'LORA' is supported")
-    for key in _TYPES.keys() & settings.keys():
+    for key, (kind, _) in _SETTINGS.items():
         try:
-            convert(settings[key], _TYPES[key], (key,), lambda node, name, runtime: node)
+            convert(settings[key], kind, (key,), lambda node, name, runtime: node)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
     others = [f"{key}={settings[key]!r}" for key in _NOT_BUILT if settings.get(key)]

@@ -18,8 +18,16 @@ from cantata.infer.sampling import SamplingConfig
 from cantata.tools.arguments import Parser
 from cantata.tools.export import DTYPES
 from cantata.tools.open_model import OpenedModel, load, open_model
-from cantata.tools.pages import Reading, add_arguments, check_pages, reading_of, reread, save_gallery
-from cantata.tools.prompts import Prompt, encode, read_prompts
+from cantata.tools.pages import (
+    Reading,
+    add_arguments,
+    check_pages,
+    reading_of,
+    refuse_unused,
+    reread,
+    save_gallery,
+)
+from cantata.tools.prompts import Prompt, check_text, encode, read_prompts
 from cantata.train.humane import count
 
 _EPILOG = """\
@@ -41,6 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         seed=given.seed,
     )
     prompts = _prompts(given)
+    refuse_unused(given, prompts)
     reading = reading_of(given, has_pages=any(prompt.pdfs for prompt in prompts))
     opened = open_model(given.model, given.adapter, merge=given.merge)
     for note in opened.notes:
@@ -115,7 +124,10 @@ def _prompts(given: argparse.Namespace) -> list[Prompt]:
     if given.prompts is None:
         if not given.prompt:
             raise ConfigError("cantata generate: give --prompt TEXT or --prompts FILE")
-        return [Prompt(text, *media) for text in given.prompt]
+        prompts = [Prompt(text, *media, f"--prompt {number}") for number, text in enumerate(given.prompt, 1)]
+        for prompt in prompts:
+            check_text(prompt.text, prompt.origin)
+        return prompts
     if given.prompt or any(media):
         raise ConfigError(
             "cantata generate: --prompts names its own files; leave out --prompt, --image, --video and --pdf"

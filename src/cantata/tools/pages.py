@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pages.add_argument("--gallery", metavar="FILE", type=Path, help="save the pages as the model sees them")
 
 
+def refuse_unused(given: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
+    """Raise `ConfigError` where an argument would change nothing, as no prompt has what it is about."""
+    of_pages = {"--pages": given.pages, "--max-model-len": given.max_model_len, "--gallery": given.gallery}
+    of_images = {"--image-size": given.image_size, "--split or --no-split": given.split}
+    has_pages, has_media = any(prompt.pdfs for prompt in prompts), any(prompt.has_media for prompt in prompts)
+    for is_used, arguments, what in (
+        (has_pages, of_pages, "PDFs, and no prompt has one"),
+        (has_media, of_images, "images, videos and PDFs, and no prompt has any"),
+    ):
+        unused = [name for name, value in arguments.items() if value is not None]
+        if unused and not is_used:
+            raise ConfigError(f"cantata generate: {', '.join(unused)}: for {what}; leave it out")
+
+
 def reading_of(given: argparse.Namespace, *, has_pages: bool) -> Reading:
     """What the arguments say, and where they are silent the shipped recipe."""
     shipped = _shipped()
@@ -126,7 +140,7 @@ def check_pages(
             question, processor, Limits(reading.max_model_len, opened.max_positions, max_new_tokens)
         )
     except DataError as error:
-        raise ConfigError(f"prompt: {error}") from error
+        raise ConfigError(f"{prompt.origin or 'prompt'}: {error}") from error
     how = f"{processor.image_size} px, {'split into crops' if processor.split_image else 'whole'}"
     title = f"{', '.join(path.name for path in prompt.pdfs)}: {len(pages)} pages, {how}"
     Console(file=sys.stderr).print(budget_table(title, budget))

@@ -33,6 +33,8 @@ class Prompt(NamedTuple):
     images: tuple[Path, ...] = ()
     videos: tuple[Path, ...] = ()
     pdfs: tuple[Path, ...] = ()
+    origin: str = ""
+    """Where it was given, for messages: a file and its line, or `--prompt N`."""
 
     @property
     def has_media(self) -> bool:
@@ -45,7 +47,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     A file, or a list of files, is named from the folder of `path`. Raises `ConfigError` that names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Strings in JSON may hold line ends of Unicode, at which `str.splitlines` splits.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     prompts = [
@@ -62,46 +65,59 @@ def encode(
     """The prompts as the model takes them: a user's turn to be answered, or a text to go on with.
 
     `pdf` says how documents are read; None: as the shipped data configuration says.
-    Raises `ConfigError` where a file cannot be read, or the chat template refuses a prompt.
+    Raises `ConfigError` where a file cannot be read, or the chat template refuses a prompt; it names the
+    prompt's origin.
     """
     samples = []
     for number, prompt in enumerate(prompts, 1):
         example = example_of(_parts(prompt, pdf), is_chat=is_chat)
+        name = prompt.origin or f"prompt {number}"
         try:
-            samples.append(processor.encode_prompt(example, f"prompt {number}"))
+            samples.append(processor.encode_prompt(example, name))
         except DataError as error:
-            raise ConfigError(f"prompt {number}: {error}") from error
+            raise ConfigError(f"{name}: {error}") from error
     return samples
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise `ConfigError` for half a surrogate pair, or a byte of the command line that is no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: the text is no valid Unicode ({error})") from error
 
 
 def read_media(prompt: Prompt) -> Iterator[Image.Image | Video]:
     """The images, then the videos, that stand before a prompt's pages. Raises `ConfigError`."""
     for path in prompt.images:
-        yield _read(path, open_image)
+        yield _read(prompt, path, open_image)
     for path in prompt.videos:
-        yield _read(path, partial(read_video, options=media_options("video", VideoOptions)))
+        yield _read(prompt, path, partial(read_video, options=media_options("video", VideoOptions)))
 
 
 def sizes_of_pages(prompt: Prompt, pdf: PdfOptions) -> list[PageSize]:
     """The pages of all its documents, unread. Raises `ConfigError`."""
-    return [size for path in prompt.pdfs for size in _read(path, partial(page_sizes, options=pdf))]
+    read = partial(page_sizes, options=pdf)
+    return [size for path in prompt.pdfs for size in _read(prompt, path, read)]
 
 
 def _parts(prompt: Prompt, pdf: PdfOptions | None) -> Iterator[Part]:
     yield from read_media(prompt)
     if prompt.pdfs:
         options = pdf or media_options("pdf", PdfOptions)
-        images = [page for path in prompt.pdfs for page in _read(path, partial(read_pdf, options=options))]
+        read = partial(read_pdf, options=options)
+        images = [page for path in prompt.pdfs for page in _read(prompt, path, read)]
         numbers = [size.number for size in sizes_of_pages(prompt, options)]
         yield from page_parts(zip(numbers, images, strict=True))
     yield prompt.text
 
 
-def _read(path: Path, read: Callable[[Path], T]) -> T:
+def _read(prompt: Prompt, path: Path, read: Callable[[Path], T]) -> T:
     try:
         return read(path)
     except DataError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        where = f"{prompt.origin}: {path}" if prompt.origin else str(path)
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def media_options(kind: str, options: type[T]) -> T:
@@ -122,8 +138,9 @@ def _parsed(line: str, where: str, folder: Path) -> Prompt:
     for key in record:
         if key not in _KEYS:
             raise ConfigError(f"{where}: {key!r} is none of {', '.join(_KEYS)}{hint(key, _KEYS)}")
-    files = (_files(record.get(key), f"{where}, {key}", folder) for key in _KEYS[1:])
-    return Prompt(record["prompt"], *files)
+    check_text(record["prompt"], where)
+    images, videos, pdfs = (_files(record.get(key), f"{where}, {key}", folder) for key in _KEYS[1:])
+    return Prompt(record["prompt"], images, videos, pdfs, where)
 
 
 def _files(value: Any, where: str, folder: Path) -> tuple[Path, ...]:

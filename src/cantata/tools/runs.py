@@ -82,6 +82,7 @@ def open_run(checkpoint: Path) -> OpenRun:
     processor = build_section(config, "collator", source).processor
     lora = _read_lora(config, source)
     if lora is not None:
+        _require_seed(config, source)
         apply_lora(model, lora)
     stored = StoredTensors(path)
     kept = base_names(model)
@@ -113,6 +114,13 @@ def build_section(config: dict[str, Any], key: str, path: Path) -> Any:
         return build(node)
     except ConfigError as error:
         raise ConfigError(f"{path}, {key}: {error}") from error
+
+
+def _require_seed(config: dict[str, Any], path: Path) -> None:
+    """The adapter's base may be random values, which the seed decides."""
+    seed = config.get("seed")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError(f"{path} has no seed (a whole number); is it the config.yaml of a run?")
 
 
 def _read_lora(config: dict[str, Any], path: Path) -> LoRAConfig | None:

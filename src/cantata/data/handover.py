@@ -1,0 +1,33 @@
+"""From worker processes to the trainer: rows, errors, and whose signals are whose."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any, NamedTuple
+
+from cantata.core.errors import ConfigError, RunError
+from cantata.data.collate.packed import Row
+
+
+class Failure(NamedTuple):
+    """An error on its way from a worker process to the trainer."""
+
+    message: str
+    is_config: bool
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    # A signal to the whole job asks the trainer to save and stop; it still needs its workers for that.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def unchanged(item: Any) -> Any:
+    return item
+
+
+def arrived(item: Row | Failure) -> Row:
+    """The row, or the worker's error as its own."""
+    if isinstance(item, Failure):
+        raise (ConfigError if item.is_config else RunError)(item.message)
+    return item
