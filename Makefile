@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev,deepspeed]'
 	@touch $@
 
-demo: env  ## pretrain a small Aria on emoji and let it name a few
+demo: env  ## a small Aria is pretrained, fine-tuned, adapted by LoRA and asked
 	$(BIN)/cantata demo
 
 test: env  ## the whole suite

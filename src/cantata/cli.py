@@ -41,7 +41,7 @@ VERBS = {
     "export": Verb("Write a checkpoint as a Hugging Face folder.", module="cantata.tools.export"),
     "generate": Verb("Let a model answer prompts with images.", module="cantata.tools.generate"),
     "demo": Verb(
-        "Pretrain a small Aria on emoji in minutes and let it name a few.", module="cantata.tools.demo"
+        "A small Aria, pretrained, fine-tuned, adapted and asked, in minutes.", module="cantata.tools.demo"
     ),
 }
 
