@@ -62,7 +62,7 @@ class Base:
             for name, parameter in model.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
                 if is_factor(name):
-                    parameter.copy_(1 + 0.2 * noise if name.endswith("magnitude") else 0.1 * noise)
+                    parameter.copy_(0.1 * noise)
                 elif parameter.requires_grad:
                     parameter.add_(0.1 * noise)
         return model.eval()

@@ -17,7 +17,6 @@ from cantata.parallel.materialize import RandomInit
 from cantata.train.stage import (
     FineTuneStage,
     LanguageStage,
-    LoRAStage,
     build_data,
     build_model,
     initial_values,
@@ -124,9 +123,3 @@ def test_going_by_accuracy_needs_questions() -> None:
     node, origins = compose("sft", ["experiment=emoji_sft", best, "accuracy.samples=0"])
     with pytest.raises(ConfigError, match=r"checkpoint.best.metric=eval/accuracy/emoji needs questions"):
         load(node, FineTuneStage, origins)
-
-
-def test_dora_wants_fp32() -> None:
-    node, origins = compose("lora", ["experiment=emoji_lora", "lora.dora=true"])
-    with pytest.raises(ConfigError, match=r"lora.dora=true needs engine.precision=fp32"):
-        load(node, LoRAStage, origins)

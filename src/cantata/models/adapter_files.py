@@ -20,6 +20,7 @@ from cantata.models.adapter_names import PREFIX, Target, adapter_targets, hub_pa
 from cantata.models.hub import listed, read_json
 from cantata.models.lora import LoRAConfig, apply_lora
 from cantata.models.protocol import EmbedsTokens, HubLayout
+from cantata.nn.lora import magnitude_change
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -101,6 +102,8 @@ class AdapterReader:
         self._file = _open(self.directory / ADAPTER_WEIGHTS)
         self._targets = adapter_targets(model, layout)
         self._stored = {name: stored for target in self._targets for name, stored in target.stored.items()}
+        self._base = base
+        self._magnitudes = {t.magnitude: t.weight for t in self._targets if t.magnitude is not None}
         parameters = {name: (key, shape) for name, key, shape in hub_parameters(model, layout)}
         self._saved = {
             name: (PREFIX + parameters[name][0], model.get_parameter(name).shape)
@@ -108,7 +111,7 @@ class AdapterReader:
         }
         expected = {stored.key: stored.shape for stored in self._stored.values()}
         expected |= {PREFIX + parameters[name][0]: parameters[name][1] for name in self._saved}
-        problems = [*self._other_settings(config), *self._other_keys(expected, model, layout, base)]
+        problems = [*self._other_settings(config), *self._other_keys(expected, model, layout)]
         if problems:
             found = "; ".join(problems)
             raise ConfigError(f"{self.directory}: the adapter does not fit the model and lora.*: {found}")
@@ -122,9 +125,12 @@ class AdapterReader:
         """A factor or a parameter, or the slice `index` of it, in the dtype of the file."""
         if name in self._stored:
             stored = self._stored[name]
-            return stored.unpack(self._file.get_tensor(stored.key))[index].contiguous()
-        key, shape = self._saved[name]
-        value: Tensor = self._file.get_tensor(key).reshape(shape)[index]
+            value = stored.unpack(self._file.get_tensor(stored.key))[index].contiguous()
+            if name in self._magnitudes:
+                return magnitude_change(self._base.read(self._magnitudes[name], (*index, slice(None))), value)
+        else:
+            key, shape = self._saved[name]
+            value = self._file.get_tensor(key).reshape(shape)[index]
         return value
 
     def _other_settings(self, config: LoRAConfig) -> Iterator[str]:
@@ -141,28 +147,26 @@ class AdapterReader:
             yield f"{len(alphas)} of another alpha than lora.alpha={config.alpha:g}: {listed(alphas)}"
 
     def _other_keys(
-        self, expected: Mapping[str, torch.Size], model: nn.Module, layout: HubLayout, base: Weights
+        self, expected: Mapping[str, torch.Size], model: nn.Module, layout: HubLayout
     ) -> Iterator[str]:
         held = set(self._file.keys())
         ignored = {t.stored[t.factor("B")].key for t in self._targets if t.is_ignored}
         copies = _copies(model, layout)
-        missing = [key for key in expected if key not in held]
         unexpected, misshapen, changed, unused = list[str](), list[str](), list[str](), list[str]()
         for key in sorted(held):
             name = copies.get(key)
             shape = expected.get(key)
             if shape is None and name is not None:
-                if not self._is_of_base(key, model.get_parameter(name).shape, name, base):
+                if not self._is_of_base(key, model.get_parameter(name).shape, name):
                     changed.append(key)
             elif shape is None:
                 unexpected.append(key)
             elif tuple(self._file.get_slice(key).get_shape()) != tuple(shape):
-                is_shape = list(self._file.get_slice(key).get_shape())
-                misshapen.append(f"{key} {is_shape} instead of {list(shape)}")
+                misshapen.append(f"{key} {self._file.get_slice(key).get_shape()} instead of {list(shape)}")
             elif key in ignored and self._file.get_tensor(key).any():
                 unused.append(key)
         kinds = {
-            "missing": missing,
+            "missing": [key for key in expected if key not in held],
             "unexpected": unexpected,
             "misshapen": misshapen,
             "other than in the base": changed,
@@ -170,11 +174,9 @@ class AdapterReader:
         }
         yield from (f"{len(keys)} {what}: {listed(keys)}" for what, keys in kinds.items() if keys)
 
-    def _is_of_base(self, key: str, shape: torch.Size, name: str, base: Weights) -> bool:
-        held = self._file.get_tensor(key)
-        if held.numel() != shape.numel():
-            return False
-        return torch.equal(held.reshape(shape), base.read(name, whole(shape)).to(held))
+    def _is_of_base(self, key: str, shape: torch.Size, name: str) -> bool:
+        held, own = self._file.get_tensor(key), self._base.read(name, whole(shape))
+        return held.numel() == shape.numel() and torch.equal(held.reshape(shape), own.to(held))
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:

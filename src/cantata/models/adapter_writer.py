@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from cantata.core.errors import ConfigError, RunError
 from cantata.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from cantata.models.adapter_names import PREFIX, adapter_targets, hub_parameters, saved_parameters
+from cantata.models.adapter_names import PREFIX, Target, adapter_targets, hub_parameters, saved_parameters
 from cantata.models.hub import listed
 from cantata.models.lora import LoRAConfig
 from cantata.models.protocol import EmbedsTokens, HubLayout
+from cantata.nn.lora import dora_magnitude
 
 NO_DROPOUT = "lora_dropout is written as 0, since PEFT has no dropout on experts; it counts in training alone"
 
@@ -57,7 +58,11 @@ class AdapterWriter:
         Raises:
             RunError: the disk refuses.
         """
-        tensors = {s.key: s.pack(read(name)).to(dtype) for t in self._targets for name, s in t.stored.items()}
+        tensors = {
+            stored.key: stored.pack(_factor(target, name, read)).to(dtype)
+            for target in self._targets
+            for name, stored in target.stored.items()
+        }
         tensors |= {
             PREFIX + key: read(n).reshape(shape).to(dtype).contiguous() for n, key, shape in self._whole
         }
@@ -119,6 +124,11 @@ class AdapterWriter:
                     f"PEFT keeps {inside[0]} as a whole (lora.modules_to_save), so that the adapter of "
                     f"{target.name} in it would be lost: export a merged model with --merge"
                 )
+
+
+def _factor(target: Target, name: str, read: Callable[[str], Tensor]) -> Tensor:
+    """As PEFT means it: a magnitude itself, not its change."""
+    return dora_magnitude(read(target.weight), read(name)) if name == target.magnitude else read(name)
 
 
 def _check_tied(model: nn.Module, layout: HubLayout, saved: set[str]) -> None:

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cantata.core.errors import ConfigError
 from cantata.models.lora import LoRAConfig
-from cantata.nn.lora import MAGNITUDE, is_factor
+from cantata.nn.lora import is_factor
 from cantata.parallel.materialize import Index, RandomInit, Source
 
 _PARTS, _PART_BYTES = 16, 2**10
@@ -21,8 +20,6 @@ _PARTS, _PART_BYTES = 16, 2**10
 
 class AdapterValues:
     """A model's own values from `base`; those of its adapters from `saved`, or as training begins them.
-
-    A magnitude (DoRA) begins as the norm of each row of its base weight, which leaves the model as it was.
 
     Args:
         model: adapted; meta and sharded ones too.
@@ -48,10 +45,6 @@ class AdapterValues:
             return self._saved.read(name, index)
         if not is_factor(name):
             return self._base.read(name, index)
-        if name.endswith(MAGNITUDE):
-            weight = self._base.read(name.removesuffix(MAGNITUDE) + "weight", (*index, slice(None)))
-            norms: Tensor = torch.linalg.vector_norm(weight.float(), dim=1)
-            return norms
         return self._new.read(name, index)
 
 

@@ -106,14 +106,6 @@ class LoRAStage(FineTuneStage):
     lora: LoRAConfig
     """Which parts get low-rank adapters; all else is frozen."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lora.dora and self.engine.get("precision") == "bf16":
-            raise ConfigError(
-                "lora.dora=true needs engine.precision=fp32: gathered in bf16, a learned magnitude would be "
-                "rounded to steps of 0.4%, and the model would not begin where its base stands"
-            )
-
 
 def require_weights(stage: LanguageStage) -> None:
     """Raise `ConfigError` where nobody has said what to start from."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cantata.nn import matmul
-from cantata.nn.lora import LoRALinear, adapt, row_norms
+from cantata.nn.lora import LoRALinear, adapt, dora_magnitude, magnitude_change, row_norms
 from cantata.nn.lora import settings as settings_module
 from cantata.nn.lora.linear import adapted_linear
 from cantata.nn.lora.settings import LoRASettings
@@ -30,7 +30,8 @@ def dense(module: LoRALinear, x: Tensor) -> Tensor:
     scaling = module.settings.alpha / module.settings.r
     weight = module.weight + scaling * module.lora_B @ module.lora_A
     if module.settings.dora:
-        weight = weight * (module.lora_magnitude / weight.norm(dim=1).detach())[:, None]
+        magnitude = (1 + module.lora_magnitude) * module.weight.norm(dim=1).detach()
+        weight = weight * (magnitude / weight.norm(dim=1).detach())[:, None]
     return F.linear(x, weight, module.bias)
 
 
@@ -88,12 +89,30 @@ def test_b_of_zeros_changes_no_bit(x: Tensor) -> None:
     assert torch.equal(module(x), F.linear(x, module.weight, module.bias))
 
 
-def test_dora_that_starts_at_the_norm_changes_nothing(x: Tensor) -> None:
-    module = layer(DORA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_that_has_learned_nothing_changes_no_bit(x: Tensor, dtype: torch.dtype) -> None:
+    module = layer(DORA, bias=False).to(dtype)
     with torch.no_grad():
         module.lora_B.zero_()
-        module.lora_magnitude.copy_(row_norms(module.weight, module.lora_A, module.lora_B, 1.0))
-    torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias))
+        module.lora_magnitude.zero_()
+    x = x.detach().to(dtype)
+    assert torch.equal(module(x), matmul.linear(x, module.weight))
+
+
+def test_dora_in_half_precision_hears_of_small_changes() -> None:
+    """A magnitude of its own would move in steps of 0.4%."""
+    module = layer(DORA, bias=False).bfloat16()
+    x = torch.ones(1, 6, dtype=torch.bfloat16)
+    with torch.no_grad():
+        module.lora_B.zero_()
+        module.lora_magnitude.fill_(0.02)
+        before = module(x).float()
+        module.lora_magnitude.fill_(0.03)
+        ratio = module(x).float() / before
+    assert ratio.mean() == pytest.approx(1.03 / 1.02, abs=4e-3)
+    weight = torch.randn(512, 64)
+    found = magnitude_change(weight, dora_magnitude(weight, torch.full((512,), 1e-3).bfloat16()))
+    torch.testing.assert_close(found, torch.full((512,), 1e-3), rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("fast_half", [True, False])
@@ -178,7 +197,8 @@ def test_equals_pefts(settings: LoRASettings, bias: bool, x: Tensor) -> None:
         inner.lora_A["default"].weight.copy_(ours.lora_A)
         inner.lora_B["default"].weight.copy_(ours.lora_B)
         if settings.dora:
-            inner.lora_magnitude_vector["default"].weight.copy_(ours.lora_magnitude)
+            magnitude = dora_magnitude(ours.weight, ours.lora_magnitude)
+            inner.lora_magnitude_vector["default"].weight.copy_(magnitude)
     y, expected = ours(x), theirs(x)
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
     grads = torch.autograd.grad(y.square().sum(), [x, ours.lora_A, ours.lora_B])

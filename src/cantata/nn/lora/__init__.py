@@ -2,7 +2,7 @@
 
 from cantata.nn.lora.adapt import MAGNITUDE, adapt, fill_factor, is_adaptable, is_factor
 from cantata.nn.lora.experts import LoRAExperts
-from cantata.nn.lora.linear import LoRALinear, row_norms
+from cantata.nn.lora.linear import LoRALinear, dora_magnitude, magnitude_change, row_norms
 from cantata.nn.lora.merge import dora_weight, embedding_delta, experts_delta, linear_delta
 from cantata.nn.lora.settings import LoRASettings
 from cantata.nn.lora.vocabulary import LoRAEmbedding, LoRAHead
@@ -15,6 +15,7 @@ __all__ = [
     "LoRALinear",
     "LoRASettings",
     "adapt",
+    "dora_magnitude",
     "dora_weight",
     "embedding_delta",
     "experts_delta",
@@ -22,5 +23,6 @@ __all__ = [
     "is_adaptable",
     "is_factor",
     "linear_delta",
+    "magnitude_change",
     "row_norms",
 ]

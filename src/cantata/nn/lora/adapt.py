@@ -60,12 +60,12 @@ def adapt(module: nn.Module, settings: LoRASettings | Mapping[str, LoRASettings]
 
 
 def fill_factor(name: str, tensor: Tensor, generator: torch.Generator, *, embedding: bool = False) -> None:
-    """Write the initial values of A or B, which leave the module as it was.
+    """Write the initial values of a factor, which leave the module as it was.
 
     A is Kaiming-uniform with `a = sqrt(5)` over its inputs, that is within `1 / sqrt(inputs)`, and B zero. An
     embedding's A is zero and its B normal. So does Microsoft's loralib, and PEFT after it.
 
-    A magnitude begins as its base weight's row norms, which are not known here: see `row_norms`.
+    A magnitude begins with no change.
 
     Args:
         name: the parameter's last component, such as "lora_A" or "fc1_lora_B".
@@ -73,10 +73,10 @@ def fill_factor(name: str, tensor: Tensor, generator: torch.Generator, *, embedd
         embedding: whether it is a `LoRAEmbedding`'s.
     """
     part = name[-1]
-    if name not in _FACTORS or name == MAGNITUDE:
-        raise ValueError(f"fill_factor: {name} is neither an A nor a B")
+    if name not in _FACTORS:
+        raise ValueError(f"fill_factor: {name} is no factor")
     with torch.no_grad():
-        if (part == "A") == embedding:
+        if name == MAGNITUDE or (part == "A") == embedding:
             tensor.zero_()
         elif embedding:
             tensor.normal_(generator=generator)

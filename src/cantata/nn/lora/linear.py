@@ -17,7 +17,9 @@ class LoRALinear(Linear):
     """`x W^T + bias + scaling dropout(x) A^T B^T`.
 
     With DoRA (Liu et al., 2024, arXiv:2402.09353) what the two weights give is scaled, output by output, to
-    the learned magnitude: `m / |W + scaling B A|`, whose norm counts as a constant (section 4.3 there).
+    the learned magnitude: `m / |W + scaling B A|`, whose norm counts as a constant (section 4.3 there). Kept
+    is how far m is from the base's, `m = (1 + lora_magnitude) |W|`: near zero half precision is as fine as
+    what is learned, and an adapter that has learned nothing changes no bit.
 
     `lora_A` (r, in), `lora_B` (out, r), with DoRA `lora_magnitude` (out,). Made by `adapt`.
     """
@@ -43,7 +45,8 @@ class LoRALinear(Linear):
             return adapted_linear(x_TD, self.weight, self.bias, a, b, kept)
         y = adapted_linear(x_TD, self.weight, None, a, b, kept)
         norms = row_norms(self.weight, self.lora_A, self.lora_B, self.settings.scaling)
-        y = y * (self.lora_magnitude / norms).to(y.dtype)
+        factor = dora_magnitude(self.weight, self.lora_magnitude) / norms
+        y = (y * factor).to(y.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -53,6 +56,26 @@ def adapted_linear(
     """`x W^T + bias + (x, where it is kept) A^T B^T`, multiplied in `product_dtype(x)`."""
     y: Tensor = _AdaptedLinear.apply(x_TD, weight, bias, a, b, kept)  # type: ignore[no-untyped-call]
     return y
+
+
+def dora_magnitude(weight: Tensor, change: Tensor) -> Tensor:
+    """`(1 + change) |W|` of each row, at least in fp32; W counts as a constant."""
+    return (1 + change.to(torch.promote_types(change.dtype, torch.float32))) * _norms(weight)
+
+
+@torch.no_grad()
+def magnitude_change(weight: Tensor, magnitude: Tensor) -> Tensor:
+    """What `dora_magnitude` makes this magnitude of."""
+    norms = _norms(weight)
+    return magnitude.to(norms) / norms - 1
+
+
+@torch.no_grad()
+def _norms(weight: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(
+        weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32)
+    )
+    return norms
 
 
 @torch.no_grad()

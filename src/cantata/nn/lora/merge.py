@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cantata.nn.lora.linear import row_norms
+from cantata.nn.lora.linear import dora_magnitude, row_norms
 
 
 def linear_delta(a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -23,9 +23,9 @@ def experts_delta(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return _wide(a) @ _wide(b) * scaling
 
 
-def dora_weight(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor, scaling: float) -> Tensor:
-    """A linear layer's whole weight (out, in) with DoRA, whose result is no sum."""
-    factor = _wide(magnitude) / row_norms(weight, a, b, scaling)
+def dora_weight(weight: Tensor, a: Tensor, b: Tensor, change: Tensor, scaling: float) -> Tensor:
+    """A linear layer's whole weight (out, in) with DoRA, from `lora_magnitude` too; it is no sum."""
+    factor = dora_magnitude(weight, change) / row_norms(weight, a, b, scaling)
     return (_wide(weight) + linear_delta(a, b, scaling)).mul_(factor[:, None])
 
 
