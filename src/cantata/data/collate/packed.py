@@ -84,36 +84,40 @@ class PackedCollator:
     def collate(self, rows: Sequence[Row], sequence_length: int) -> Batch:
         """A batch of exactly T = len(rows) * sequence_length tokens.
 
+        Made by numpy: torch's copies in a thread of its own would bring up a second pool of OpenMP threads,
+        which wait for work on the cores that train.
+
         Raises `RunError` where the rows hold more than that.
         """
         total = sum(row.tokens_FT.shape[1] for row in rows)
         size = len(rows) * sequence_length
         if total > size:
             raise RunError(f"{len(rows)} rows hold {total} tokens, more than {sequence_length} each")
-        tokens_FT = torch.empty((5, size), dtype=torch.int64)
-        torch.cat([torch.from_numpy(row.tokens_FT) for row in rows], dim=1, out=tokens_FT[:, :total])
-        padding = torch.tensor([self.processor.pad_token_id, IGNORE_INDEX, 0, PADDING, PADDING])
+        tokens_FT = np.empty((5, size), dtype=np.int64)
+        np.concatenate([row.tokens_FT for row in rows], axis=1, out=tokens_FT[:, :total])
+        padding = np.array([self.processor.pad_token_id, IGNORE_INDEX, 0, PADDING, PADDING])
         tokens_FT[:, total:] = padding[:, None]
-        ids_T, labels_T, positions_T, modality_T, sample_modality_T = tokens_FT
-        target_index_N = torch.nonzero(labels_T != IGNORE_INDEX).flatten()
-        target_weight_N = _cat([row.weight_T for row in rows])[target_index_N]
+        target_index_N = np.flatnonzero(tokens_FT[LABELS] != IGNORE_INDEX)
+        target_weight_N = np.concatenate([row.weight_T for row in rows])[target_index_N]
+        token_index_Q = np.flatnonzero(tokens_FT[IDS] == self.processor.image_token_id)
+        ids_T, labels_T, positions_T, modality_T, _ = torch.from_numpy(tokens_FT)
         return Batch(
             input_ids_T=ids_T,
             labels_T=labels_T,
             position_ids_T=positions_T,
             modality_ids_T=modality_T,
-            target_index_N=target_index_N,
-            target_modality_N=sample_modality_T[target_index_N],
+            target_index_N=torch.from_numpy(target_index_N),
+            target_modality_N=torch.from_numpy(tokens_FT[SAMPLE_MODALITY, target_index_N]),
             samples=Segments(tuple(length for row in rows for length in row.lengths)),
             images=Images(
                 patches_PC=_cat([row.patches_PC for row in rows]),
                 position_ids_P=_cat([row.position_ids_P for row in rows]),
                 patches=Segments(tuple(count for row in rows for count in row.patches)),
                 features=Segments(tuple(count for row in rows for count in row.features)),
-                token_index_Q=torch.nonzero(ids_T == self.processor.image_token_id).flatten(),
+                token_index_Q=torch.from_numpy(token_index_Q),
             ),
             rows=tuple(row.info for row in rows if row.info is not None),
-            target_weight_N=None if bool((target_weight_N == 1).all()) else target_weight_N,
+            target_weight_N=None if (target_weight_N == 1).all() else torch.from_numpy(target_weight_N),
         )
 
     def _check(self, sample: Sample) -> None:
@@ -142,10 +146,11 @@ def _shifted_weight(sample: Sample) -> np.ndarray:
     return weight_T
 
 
-def _cat(arrays: Sequence[NDArray[Any] | Tensor]) -> Tensor:
-    tensors = [torch.as_tensor(array) for array in arrays]
-    # Of one tensor, torch would make a copy: tens of megabytes of pixels.
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def _cat(parts: Sequence[NDArray[Any] | Tensor]) -> Tensor:
+    # Of one, joining would make a copy: tens of megabytes of pixels.
+    return torch.as_tensor(
+        parts[0] if len(parts) == 1 else np.concatenate([np.asarray(part) for part in parts])
+    )
 
 
 def _join(images: Sequence[ImagePatches], patch_values: int) -> tuple[np.ndarray, np.ndarray]:
