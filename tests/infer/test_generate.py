@@ -267,5 +267,6 @@ def calls_on_rank() -> tuple[list[list[int]], int]:
     return decode(model, prompts), len(model.seen)
 
 
+@pytest.mark.slow
 def test_every_rank_runs_the_model_equally_often() -> None:
     assert run_ranks(calls_on_rank, 2) == [([[19]], 5), ([[26, 27, 28, 29], [16, 17, 18, 19]], 5)]

@@ -13,6 +13,8 @@ from PIL import Image
 from tests.recipes.runner import kill, metrics, pretrain, start, torchrun
 from tests.recipes.test_pretrain import finish, wait_for
 
+pytestmark = pytest.mark.slow
+
 TOP_K, SHAPE = 2, (2, 3, 4)
 SETTINGS = (
     *("train.max_steps=8", "train.expert_every=3", "checkpoint.every=5", "checkpoint.background=false"),
@@ -42,7 +44,6 @@ def test_every_token_is_counted_once_in_every_layer(run: Path) -> None:
         assert entry["tokens_per_expert"].sum((1, 2)).tolist() == [tokens * TOP_K] * SHAPE[0]
 
 
-@pytest.mark.slow
 def test_lines_of_metrics_speak_of_the_same_counts(run: Path) -> None:
     """One line over all steps, from the entries of the array."""
     out = run.parent / "one-line"
@@ -64,7 +65,6 @@ def test_each_modality_seen_has_a_picture(run: Path) -> None:
             assert len(picture.getcolors(10_000) or []) > 10
 
 
-@pytest.mark.slow
 def test_what_lies_after_the_checkpoint_is_made_again(run: Path, tmp_path: Path) -> None:
     """As after kill -9: the newest checkpoint is of step 5, inside an interval; entries go up to step 8."""
     out = tmp_path / "run"
@@ -81,7 +81,6 @@ def test_without_an_interval_nothing_is_written(tmp_path: Path) -> None:
     assert not (tmp_path / "experts").exists()
 
 
-@pytest.mark.slow
 def test_kill_9_leaves_no_gap_and_no_repeat(tmp_path: Path) -> None:
     settings = ("train.max_steps=30", "train.expert_every=3", "checkpoint.every=4")
     assert pretrain(tmp_path / "whole", *settings) == 0
@@ -96,7 +95,6 @@ def test_kill_9_leaves_no_gap_and_no_repeat(tmp_path: Path) -> None:
     assert counts[0] == counts[1]
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rank_with_too_many_rows_is_named(tmp_path: Path) -> None:
     settings = ("mesh.ep=2", "train.max_steps=2", "train.expert_load_warning=1.001")

@@ -49,6 +49,7 @@ def test_the_report_counts_the_matches(once: Path) -> None:
     assert "text.layers.*  18 targets" in report
 
 
+@pytest.mark.slow
 def test_a_run_with_dropout_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert lora(tmp_path / "once", *SCRATCH, "train.max_steps=3") == 0
     assert lora(tmp_path / "twice", *SCRATCH, "train.max_steps=1") == 0
