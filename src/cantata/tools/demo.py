@@ -16,11 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from cantata.core.build import build
-from cantata.core.config import compose, load
 from cantata.core.errors import RunError
 from cantata.core.locate import recipes_dir
 from cantata.tools.arguments import Parser
-from cantata.train.stage import FineTuneStage, LanguageStage
+from cantata.tools.plan import read_stage
 
 PLAN = """\
 A small Aria (vision tower, projector, mixture-of-experts decoder) goes through its life on the data inside \
@@ -118,9 +117,7 @@ def write_questions(folder: Path) -> tuple[Path, list[Question]]:
 
 
 def _held_out(stage: str, experiment: str) -> Any:
-    node, origins = compose(stage, [f"experiment={experiment}"])
-    kind = LanguageStage if stage == "pretrain" else FineTuneStage
-    return build(load(node, kind, origins).data.held_out["emoji"].dataset)
+    return build(read_stage(stage, [f"experiment={experiment}"], None).data.held_out["emoji"].dataset)
 
 
 def ask(run: Path, questions: Path) -> list[str]:

@@ -16,13 +16,11 @@ from cantata.models.adapter_files import (
     read_lora_config,
     whole,
 )
-from cantata.models.adapter_names import saved_parameters
 from cantata.models.adapter_writer import AdapterWriter
 from cantata.models.aria.model import aria_from_hub
 from cantata.models.hub import CONFIG, INDEX, HubWriter, parameter_shapes, staged
-from cantata.models.lora import LoRAConfig, apply_lora
+from cantata.models.lora import LoRAConfig, apply_lora, base_names
 from cantata.models.merge import MergedWeights
-from cantata.nn.lora import is_factor
 from cantata.tools.runs import OpenRun
 from cantata.train.humane import count, size
 from cantata.train.stage import base_values
@@ -47,8 +45,8 @@ def export_adapter(
     weights = run.config["model"]["weights"] if base is None else str(base)
     writer = AdapterWriter(run.model, run.layout, lora, weights)
     source = run.base(base)
-    trained = {*saved_parameters(run.model), *(n for n, _ in run.model.named_parameters() if is_factor(n))}
-    shapes = {name: parameter.shape for name, parameter in run.model.named_parameters()}
+    shapes = parameter_shapes(run.model)
+    trained = shapes.keys() - base_names(run.model)
 
     def read(name: str) -> torch.Tensor:
         return run.read(name) if name in trained else source.read(name, whole(shapes[name]))
@@ -86,10 +84,9 @@ def merge_folder(
     layout = model.hub_layout()
     lora = read_lora_config(adapter, layout, model)
     source = base_values(str(base), 0, model)
-    shapes = parameter_shapes(model)
     apply_lora(model, lora)
     reader = AdapterReader(adapter, layout, model, lora, source)
-    shapes |= parameter_shapes(model)
+    shapes = parameter_shapes(model)
     merged = MergedWeights(
         model, layout, lora, source, lambda name: reader.read(name, whole(shapes[name])), dtype
     )

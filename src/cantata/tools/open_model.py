@@ -22,6 +22,7 @@ from cantata.models.lora import apply_lora
 from cantata.models.merge import MergedWeights
 from cantata.models.protocol import Decodes
 from cantata.parallel.materialize import Index, Source, materialize, persistent_tensors
+from cantata.tools.export_adapter import merged_run
 from cantata.tools.runs import OpenRun, build_section, find_checkpoint, open_run
 from cantata.train.adapter import AdapterValues
 
@@ -161,16 +162,17 @@ def _from_run(path: Path, merge: bool) -> OpenedModel:
         ) from None
     run = open_run(checkpoint)
     model = run.model
-    source: Source = RunWeights(run)
-    if merge:
-        if run.lora is None:
-            raise ConfigError(f"--merge needs an adapter, and {path} trained none")
-        weights = MergedWeights(model, run.layout, run.lora, run.base(None), run.read, None)
+    source: Source
+    if not merge:
+        source = RunWeights(run)
+    elif run.lora is None:
+        raise ConfigError(f"--merge needs an adapter, and {path} trained none")
+    else:
         with torch.device("meta"):
             model = build_section(run.config, "model", checkpoint)
         parameters = {name for name, _ in run.model.named_parameters()}
         held = [name for name, _ in persistent_tensors(run.model) if name not in parameters]
-        source = Merged(weights, {name: run.read(name) for name in held})
+        source = Merged(merged_run(run, run.lora, None, None), {name: run.read(name) for name in held})
     if not isinstance(model, Decodes):
         raise ConfigError(f"{checkpoint}: {type(model).__name__} does not generate")
     return OpenedModel(model, PackedCollator(run.processor), source, model.max_positions, "", [])

@@ -14,7 +14,7 @@ from cantata.core.config import read_config
 from cantata.core.errors import ConfigError
 from cantata.core.samples import Processor
 from cantata.core.schema import convert
-from cantata.models.lora import LoRAConfig, apply_lora, base_names
+from cantata.models.lora import LoRAConfig, apply_lora
 from cantata.models.protocol import HubLayout, LanguageModel
 from cantata.parallel.materialize import Source, persistent_tensors
 from cantata.train.adapter import BaseIdentity
@@ -85,8 +85,7 @@ def open_run(checkpoint: Path) -> OpenRun:
         _require_seed(config, source)
         apply_lora(model, lora)
     stored = StoredTensors(path)
-    kept = base_names(model)
-    wanted = {_MODEL + name: tensor.shape for name, tensor in persistent_tensors(model) if name not in kept}
+    wanted = {_MODEL + name: tensor.shape for name, tensor in persistent_tensors(model)}
     found = {name: shape for name, shape in stored.shapes.items() if name.startswith(_MODEL)}
     problems = differences(found, wanted)
     if problems:
