@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from cantata.core.errors import ConfigError
 from cantata.models.adapter_files import (
@@ -21,6 +23,8 @@ from cantata.models.aria.model import aria_from_hub
 from cantata.models.hub import CONFIG, INDEX, HubWriter, parameter_shapes, staged
 from cantata.models.lora import LoRAConfig, apply_lora, base_names
 from cantata.models.merge import MergedWeights
+from cantata.models.protocol import HubLayout
+from cantata.parallel.materialize import Source
 from cantata.tools.runs import OpenRun
 from cantata.train.humane import count, size
 from cantata.train.stage import base_values
@@ -70,6 +74,37 @@ def merged_run(run: OpenRun, lora: LoRAConfig, base: Path | None, dtype: torch.d
     return MergedWeights(run.model, run.layout, lora, run.base(base), run.read, dtype)
 
 
+class AdaptedFolder(NamedTuple):
+    """A Hugging Face folder with an adapter in PEFT's format over it."""
+
+    model: nn.Module
+    """Adapted, on the meta device."""
+    layout: HubLayout
+    lora: LoRAConfig
+    base: Source
+    adapter: AdapterReader
+
+    def merged(self, dtype: torch.dtype | None) -> MergedWeights:
+        """Its weights, the adapter merged; a dtype of None keeps the base's."""
+        shapes = parameter_shapes(self.model)
+
+        def read(name: str) -> torch.Tensor:
+            return self.adapter.read(name, whole(shapes[name]))
+
+        return MergedWeights(self.model, self.layout, self.lora, self.base, read, dtype)
+
+
+def open_adapter(adapter: Path, base: Path) -> AdaptedFolder:
+    """Raises `ConfigError` where the two do not fit."""
+    with torch.device("meta"):
+        model = aria_from_hub(base)
+        layout = model.hub_layout()
+        lora = read_lora_config(adapter, layout, model)
+        apply_lora(model, lora)
+    source = base_values(str(base), 0, model)
+    return AdaptedFolder(model, layout, lora, source, AdapterReader(adapter, layout, model, lora, source))
+
+
 def merge_folder(
     adapter: Path, base: Path, directory: Path, dtype: torch.dtype | None, max_shard_bytes: int
 ) -> str:
@@ -79,18 +114,9 @@ def merge_folder(
 
     Raises `ConfigError` where the two do not fit or `directory` exists already.
     """
-    with torch.device("meta"):
-        model = aria_from_hub(base)
-    layout = model.hub_layout()
-    lora = read_lora_config(adapter, layout, model)
-    source = base_values(str(base), 0, model)
-    apply_lora(model, lora)
-    reader = AdapterReader(adapter, layout, model, lora, source)
-    shapes = parameter_shapes(model)
-    merged = MergedWeights(
-        model, layout, lora, source, lambda name: reader.read(name, whole(shapes[name])), dtype
-    )
-    with HubWriter(directory, layout, max_shard_bytes) as writer:
+    adapted = open_adapter(adapter, base)
+    merged = adapted.merged(dtype)
+    with HubWriter(directory, adapted.layout, max_shard_bytes) as writer:
         for folder in (base, adapter):
             for file in folder.iterdir():
                 if file.is_file() and file.suffix not in _WEIGHTS and file.name not in _OWN:

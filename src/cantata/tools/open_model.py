@@ -14,15 +14,14 @@ from torch import Tensor, nn
 
 from cantata.core.errors import ConfigError
 from cantata.data.collate.packed import PackedCollator
-from cantata.models.adapter_files import AdapterReader, read_adapter_config, read_lora_config, whole
+from cantata.models.adapter_files import read_adapter_config
 from cantata.models.aria.hub_reader import read_processor
-from cantata.models.aria.model import aria_from_hub
+from cantata.models.aria.model import Aria, aria_from_hub
 from cantata.models.hub import CONFIG, HubReader, parameter_shapes
-from cantata.models.lora import apply_lora
 from cantata.models.merge import MergedWeights
 from cantata.models.protocol import Decodes
 from cantata.parallel.materialize import Index, Source, materialize, persistent_tensors
-from cantata.tools.export_adapter import merged_run
+from cantata.tools.export_adapter import merged_run, open_adapter
 from cantata.tools.runs import OpenRun, build_section, find_checkpoint, open_run
 from cantata.train.adapter import AdapterValues
 
@@ -124,21 +123,16 @@ def _from_hub(path: Path, adapter: Path | None, merge: bool) -> OpenedModel:
     layout = model.hub_layout()
     found = read_processor(path, layout)
     model.check_processor(found.processor)
-    source: Source = HubReader(path, layout, parameter_shapes(model))
-    if adapter is not None:
-        lora = read_lora_config(adapter, layout, model)
-        with torch.device("meta"):
-            bare = aria_from_hub(path)
-            apply_lora(model, lora)
-        reader = AdapterReader(adapter, layout, model, lora, source)
-        shapes = parameter_shapes(model)
-        if merge:
-            weights = MergedWeights(
-                model, layout, lora, source, lambda name: reader.read(name, whole(shapes[name])), None
-            )
-            model, source = bare, Merged(weights, {})
-        else:
-            source = AdapterValues(model, source, reader, seed=0)
+    source: Source
+    if adapter is None:
+        source = HubReader(path, layout, parameter_shapes(model))
+    elif merge:
+        source = Merged(open_adapter(adapter, path).merged(None), {})
+    else:
+        adapted = open_adapter(adapter, path)
+        source = AdapterValues(adapted.model, adapted.base, adapted.adapter, seed=0)
+        assert isinstance(adapted.model, Aria)
+        model = adapted.model
     notes = [*found.notes, *_other_base(path, adapter)]
     collator = PackedCollator(found.processor)
     return OpenedModel(model, collator, source, model.max_positions, found.no_images, notes)
