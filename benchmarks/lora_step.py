@@ -19,7 +19,7 @@ from train_step import full_rows, our_step, peer_step
 
 from cantata.models.aria import Aria
 from cantata.models.lora import LoRAConfig, apply_lora
-from cantata.nn.lora import is_factor
+from cantata.nn.lora import Packing, is_factor
 
 SHAPE = Shape(384, 4, 6, num_experts=64, top_k=6, num_shared_experts=2, expert_size=256, vocab_size=8192)
 R, ALPHA = 8, 32
@@ -29,7 +29,7 @@ def ours() -> Aria:
     """Our decoder with adapters, those in fp32 as its engine would keep them."""
     model = our_decoder(SHAPE, SHAPE.unbalanced)
     targets = ["text.layers.*", "head"]
-    apply_lora(model, LoRAConfig(R, ALPHA, 0.0, False, False, targets, {}, [], None))
+    apply_lora(model, LoRAConfig(R, ALPHA, 0.0, False, False, targets, {}, [], None, Packing.none))
     model = filled(model)
     for name, parameter in model.named_parameters():
         if is_factor(name):

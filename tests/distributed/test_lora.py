@@ -6,6 +6,7 @@ Bound 1e-6 in fp32 on the first step's gradients (of order 0.1), on any layout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cantata.models.lora import LoRAConfig, apply_lora
-from cantata.nn.lora import is_factor
-from cantata.parallel.materialize import Index, RandomInit
+from cantata.nn.lora import Packing, is_factor
+from cantata.parallel.materialize import Index, RandomInit, Source
 from cantata.parallel.mesh import MeshConfig
 from cantata.parallel.recompute import Recompute
 from cantata.train.fsdp2 import FSDP2Engine
@@ -48,6 +49,7 @@ LORA = LoRAConfig(
     ranks={"*.experts.fc2": 2},
     modules_to_save=[],
     adapter=None,
+    quantize_base=Packing.none,
 )
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ep 1": {"mesh": (1, -1, 1)},
@@ -74,12 +76,12 @@ class Shaken:
         return torch.randn(self._names[name].shape, generator=generator)[index] * 0.1
 
 
-def step_of(layout: dict[str, Any]) -> dict[str, Tensor]:
+def step_of(layout: dict[str, Any], lora: LoRAConfig) -> dict[str, Tensor]:
     """The gradients of a step of two micro-batches on this world, whole."""
     options = dict(layout)
     mesh = mesh_of(MeshConfig(*options.pop("mesh")))
     model = build(MIXTURE)
-    apply_lora(model, LORA)
+    apply_lora(model, lora)
     engine = FSDP2Engine(
         model=model,
         mesh=mesh,
@@ -90,8 +92,7 @@ def step_of(layout: dict[str, Any]) -> dict[str, Tensor]:
         device=CPU,
         precision="fp32",
         state_dtype="fp32",
-        offload="none",
-        **({"recompute": Recompute.none} | options),
+        **({"recompute": Recompute.none, "offload": "none"} | options),
     )
     objective = NextToken(model.balance)
     for micro, batch in enumerate(MICRO_BATCHES[dist.get_rank()]):
@@ -99,14 +100,16 @@ def step_of(layout: dict[str, Any]) -> dict[str, Tensor]:
     return gradients(engine.model)
 
 
-def steps(names: list[str]) -> dict[str, dict[str, Tensor]]:
-    return {name: step_of(LAYOUTS[name]) for name in names}
+def steps(layouts: dict[str, dict[str, Any]], lora: LoRAConfig) -> dict[str, dict[str, Tensor]]:
+    return {name: step_of(layout, lora) for name, layout in layouts.items()}
 
 
-def dense_gradients(world_size: int) -> dict[str, Tensor]:
+def dense_gradients(
+    world_size: int, lora: LoRAConfig, values_of: Callable[[nn.Module], Source]
+) -> dict[str, Tensor]:
     adapted, plain = build(MIXTURE), build(MIXTURE).to_empty(device=CPU)
-    apply_lora(adapted, LORA)
-    source = Shaken(adapted)
+    apply_lora(adapted, lora)
+    source = values_of(adapted)
     values = {
         name: source.read(name, tuple(slice(None) for _ in parameter.shape))
         for name, parameter in adapted.named_parameters()
@@ -139,15 +142,15 @@ def _weight(name: str, values: dict[str, Tensor]) -> Tensor:
 @pytest.fixture(scope="module")
 def runs() -> dict[int, dict[str, dict[str, Tensor]]]:
     """One rank has every expert; two share them or do not."""
-    two = run_ranks(steps, 2, list(LAYOUTS))[0]
-    return {1: run_ranks(steps, 1, ["ep 1"])[0], 2: two}
+    one = {"ep 1": LAYOUTS["ep 1"]}
+    return {1: run_ranks(steps, 1, one, LORA)[0], 2: run_ranks(steps, 2, LAYOUTS, LORA)[0]}
 
 
 @pytest.mark.parametrize(("world_size", "name"), [(1, "ep 1"), *((2, name) for name in LAYOUTS)])
 def test_gradients_of_adapters_equal_those_through_whole_updates(
     world_size: int, name: str, runs: dict[int, dict[str, dict[str, Tensor]]]
 ) -> None:
-    found, expected = runs[world_size][name], dense_gradients(world_size)
+    found, expected = runs[world_size][name], dense_gradients(world_size, LORA, Shaken)
     assert found.keys() == expected.keys(), "every adapter learns, and nothing else"
     assert any("experts.fc1_lora_A" in key for key in found)
     assert all(gradient.any() for gradient in expected.values())

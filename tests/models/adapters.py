@@ -14,7 +14,7 @@ from cantata.models.aria import Aria
 from cantata.models.aria.hf import AriaLayout
 from cantata.models.hub import HubReader, parameter_shapes, save_to_hub
 from cantata.models.lora import LoRAConfig, apply_lora
-from cantata.nn.lora import is_factor
+from cantata.nn.lora import Packing, is_factor
 from tests.models.aria.small import small_aria, small_layout
 
 LINEARS = [
@@ -39,6 +39,7 @@ def lora(**changes: Any) -> LoRAConfig:
         "ranks": {},
         "modules_to_save": [],
         "adapter": None,
+        "quantize_base": Packing.none,
     }
     return LoRAConfig(**settings | changes)
 

@@ -11,7 +11,7 @@ from torch import nn
 from cantata.core.errors import ConfigError
 from cantata.models.lora import LoRAConfig, Matched, apply_lora, base_names, matched, targets
 from cantata.nn.head import LanguageHead
-from cantata.nn.lora import is_factor
+from cantata.nn.lora import Packing, is_factor
 from cantata.nn.matmul import Linear
 from cantata.nn.moe.experts import Experts
 
@@ -25,6 +25,7 @@ CONFIG = LoRAConfig(
     ranks={},
     modules_to_save=[],
     adapter=None,
+    quantize_base=Packing.none,
 )
 
 

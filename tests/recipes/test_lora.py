@@ -50,6 +50,17 @@ def test_the_report_counts_the_matches(once: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_a_run_over_a_packed_base_resumes_bit_for_bit(tmp_path: Path, bits: str) -> None:
+    given = (*SCRATCH, f"lora.quantize_base={bits}", "checkpoint.every=1")
+    assert lora(tmp_path / "once", *given, "train.max_steps=3") == 0
+    assert lora(tmp_path / "twice", *given, "train.max_steps=1") == 0
+    assert lora(tmp_path / "twice", *given, "train.max_steps=3") == 0
+    same(final(tmp_path / "once"), final(tmp_path / "twice"))
+    assert f"base {bits}" in (tmp_path / "once" / "logs" / "startup.txt").read_text()
+
+
+@pytest.mark.slow
 def test_a_run_with_dropout_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert lora(tmp_path / "once", *SCRATCH, "train.max_steps=3") == 0
     assert lora(tmp_path / "twice", *SCRATCH, "train.max_steps=1") == 0
@@ -99,7 +110,38 @@ def test_it_starts_where_the_base_stands_and_goes_on_from_an_adapter(tmp_path: P
 def test_layouts_save_the_same_whole_adapter(once: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
     """No tensor may be empty or partial, as they are elsewhere under ZeRO-3 (huggingface/trl#4416)."""
     finish(start(torchrun(2), tmp_path / "two", *SCRATCH, *LONG, *layout, stage="lora"))
-    one, two = final(once), final(tmp_path / "two")
+    assert_alike(once, tmp_path / "two")
+
+
+@pytest.fixture(scope="module")
+def packed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `once`, over a base in four bits."""
+    out = tmp_path_factory.mktemp("lora") / "packed"
+    assert lora(out, *SCRATCH, *LONG, "train.micro_batch_size=2", "lora.quantize_base=nf4") == 0
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("engine=fsdp2",),
+        ("engine=deepspeed", "engine.zero_stage=3"),
+        ("engine=deepspeed", "engine.zero_stage=2", "mesh.ep=2"),
+    ],
+    ids=["fsdp2", "zero3", "zero2-ep2"],
+)
+def test_layouts_over_a_packed_base_save_the_same_whole_adapter(
+    packed_once: Path, tmp_path: Path, layout: tuple[str, ...]
+) -> None:
+    packed = "lora.quantize_base=nf4"
+    finish(start(torchrun(2), tmp_path / "two", *SCRATCH, *LONG, packed, *layout, stage="lora"))
+    assert_alike(packed_once, tmp_path / "two")
+
+
+def assert_alike(first: Path, second: Path) -> None:
+    one, two = final(first), final(second)
     names = {name for name in one if not name.startswith("rng.")}
     assert names == {name for name in two if not name.startswith("rng.")}
     for name in names:

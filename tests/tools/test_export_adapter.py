@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from cantata.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapte
 from cantata.models.hub import HubReader, HubWriter, parameter_shapes
 from cantata.models.lora import LoRAConfig, apply_lora, base_names
 from cantata.models.merge import MergedWeights
-from cantata.nn.lora import is_factor
+from cantata.nn.lora import Packing, is_factor
 from cantata.parallel.materialize import RandomInit, materialize, persistent_tensors
 from cantata.tools.runs import BASE
 from cantata.train.adapter import BaseIdentity
@@ -70,7 +71,7 @@ def make_run(run: Path, weights: Path | None, settings: LoRAConfig = CONFIG) -> 
     """A LoRA run with one checkpoint, and its adapted model with factors that are not zero."""
     given = "null" if weights is None else str(weights)
     config, model = tiny(f"out={run}", f"model.weights={given}")
-    config["lora"] = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+    config["lora"] = vars(settings) | {"quantize_base": settings.quantize_base.value}
     save_config(config, run / "config.yaml")
     apply_lora(model, settings)
     torch.manual_seed(0)
@@ -179,6 +180,14 @@ def test_the_merged_model(
     assert_merged(tmp_path / "hub", base_values(str(base), 0, model), model, dtype)
     present = {path.name for path in (tmp_path / "hub").iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= present
+
+
+def test_what_learned_over_a_packed_base_is_merged_into_the_whole_one(base: Path, tmp_path: Path) -> None:
+    settings = replace(CONFIG, quantize_base=Packing.nf4)
+    model = make_run(tmp_path / "run", base, settings)
+    assert command(tmp_path / "run", "--merge", "--to", tmp_path / "hub") == 0
+    assert_merged(tmp_path / "hub", base_values(str(base), 0, model), model, torch.bfloat16, settings)
+    assert command(tmp_path / "run", "--to", tmp_path / "adapter") == 0
 
 
 def test_an_adapter_folder_merged_into_a_base(

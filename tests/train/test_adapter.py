@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cantata.core.errors import ConfigError
-from cantata.nn.lora import LoRASettings, adapt
+from cantata.nn.lora import LoRASettings, Packing, adapt
 from cantata.nn.matmul import Linear
 from cantata.parallel.materialize import Index
 from cantata.train.adapter import AdapterValues, BaseIdentity, digest
@@ -96,7 +96,7 @@ def test_random_bases_are_known_by_their_seed() -> None:
         BaseIdentity(None, 8, LORA).load_state_dict(state)
 
 
-@pytest.mark.parametrize("change", [{"alpha": 8.0}, {"rslora": True}])
+@pytest.mark.parametrize("change", [{"alpha": 8.0}, {"rslora": True}, {"quantize_base": Packing.nf4}])
 def test_factors_are_not_scaled_otherwise_after_a_resume(change: dict[str, Any]) -> None:
     state = BaseIdentity(None, 7, LORA).state_dict()
     with pytest.raises(ConfigError, match=rf"was trained with lora\.{next(iter(change))}="):

@@ -1,8 +1,12 @@
 """The estimate against arithmetic by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from cantata.models.lora import apply_lora, packed_names
+from cantata.nn.lora import Packing, packed_bytes
 from cantata.parallel.mesh import MeshSizes
 from cantata.parallel.recompute import Recompute
 from cantata.train.memory import (
@@ -14,8 +18,9 @@ from cantata.train.memory import (
     peak_memory_gib,
     zero_layout,
 )
-from cantata.train.one_rank import Elements
+from cantata.train.one_rank import Elements, on_one_rank
 from cantata.train.options import Offload, Precision, StateDtype
+from tests.models.test_lora import CONFIG
 from tests.train.test_dry_run import CPU, batch, build
 
 
@@ -126,3 +131,25 @@ def test_peak_memory_of_this_process_grows_with_use() -> None:
     held = torch.ones(2**27)
     assert held.sum() == 2**27
     assert peak_memory_gib(CPU) >= max(before, 0.5)
+
+
+def test_a_packed_base_is_whole_on_every_rank_and_unpacked_weight_by_weight() -> None:
+    lora = replace(CONFIG, targets=["text.layers.*"], quantize_base=Packing.nf4)
+    adapted, packed = build("meta"), build("meta")
+    apply_lora(adapted, replace(lora, quantize_base=Packing.none))
+    apply_lora(packed, lora)
+    layout = fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.none, shards=4, ep=2)
+    without, with_it = (
+        estimate_memory(model, layout, batch(), Recompute.none, CPU, accumulation_steps=2)
+        for model in (adapted, packed)
+    )
+    local = on_one_rank(packed, 2)
+    weights = [dict(local.named_parameters())[name] for name in packed_names(packed)]
+    assert with_it.packed == sum(packed_bytes(weight.shape, Packing.nf4) for weight in weights)
+    # Every rank had a fourth of the matrices; of the two ranks that share experts each had half of its own.
+    dense = sum(weight.numel() for weight in weights if weight.ndim == 2)
+    experts = sum(weight.numel() for weight in weights if weight.ndim == 3)
+    assert without.parameters - with_it.parameters == pytest.approx(2 * (dense / 4 + experts / 2), rel=1e-3)
+    assert without.gathered > with_it.gathered > 2 * max(weight.numel() for weight in weights)
+    assert "packed" not in without.parts()
+    assert with_it.total == sum(with_it.parts().values()) < without.total

@@ -20,7 +20,7 @@ from cantata.models.adapter_names import PREFIX, Target, adapter_targets, hub_pa
 from cantata.models.hub import listed, read_json
 from cantata.models.lora import LoRAConfig, apply_lora
 from cantata.models.protocol import EmbedsTokens, HubLayout
-from cantata.nn.lora import magnitude_change
+from cantata.nn.lora import Packing, magnitude_change
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -236,6 +236,7 @@ def read_lora_config(directory: str | Path, layout: HubLayout, model: nn.Module)
         ranks={},
         modules_to_save=[],
         adapter=None,
+        quantize_base=Packing.none,
     )
     adapted = deepcopy(model)
     apply_lora(adapted, everything)

@@ -15,7 +15,9 @@ from torch import nn
 
 from cantata.core.errors import ConfigError
 from cantata.core.suggest import hint
-from cantata.nn.lora import LoRASettings, adapt, is_adaptable
+from cantata.models.protocol import Trainable
+from cantata.nn.lora import LoRASettings, Packing, adapt, is_adaptable
+from cantata.nn.matmul import Linear
 from cantata.nn.moe.experts import Experts
 
 EXPERT_MATRICES = ("fc1", "fc2")
@@ -44,6 +46,8 @@ class LoRAConfig:
     """Patterns on parameter names: trained in full and kept with the adapter."""
     adapter: str | None
     """Folder of a saved adapter to go on from; null starts a new one."""
+    quantize_base: Packing
+    """What the frozen matrices of the repeated blocks rest in: `none` (the compute dtype), `int8`, `nf4`."""
 
     def __post_init__(self) -> None:
         for key, rank in (("r", self.r), *((f"ranks.{pattern!r}", r) for pattern, r in self.ranks.items())):
@@ -75,6 +79,7 @@ class Matched(NamedTuple):
 class _Adapted(NamedTuple):
     base: frozenset[str]
     matched: list[Matched]
+    packing: Packing
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> None:
@@ -107,7 +112,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> None:
     for name in saved:
         model.get_parameter(name).requires_grad_(True)
     lines = [Matched(pattern, len(sizes), sum(sizes)) for pattern, sizes in added.items()]
-    setattr(model, _ADAPTED, _Adapted(frozenset(own) - frozenset(saved), lines))
+    setattr(model, _ADAPTED, _Adapted(frozenset(own) - frozenset(saved), lines, config.quantize_base))
 
 
 def base_names(model: nn.Module) -> frozenset[str]:
@@ -120,8 +125,40 @@ def matched(model: nn.Module) -> list[Matched]:
     return _adapted(model).matched
 
 
+def packing(model: nn.Module) -> Packing:
+    """What `packed_names` rest in, once an engine has the model."""
+    return _adapted(model).packing
+
+
+def packed_names(model: nn.Module) -> frozenset[str]:
+    """Parameters that `lora.quantize_base` packs: matrices of linear layers and experts in repeated blocks.
+
+    Those that are not trained in full. Embeddings, norms, routers, projector and head stay as they are: they
+    are few, and rounding hurts most where everything passes through.
+    """
+    adapted = _adapted(model)
+    if adapted.packing is Packing.none:
+        return frozenset()
+    if not isinstance(model, Trainable):
+        raise TypeError(f"{type(model).__name__} lacks units; see cantata.models.protocol")
+    names = (
+        f"{unit.name}.{path}.{leaf}"
+        for unit in model.units()
+        if unit.is_block
+        for path, module in unit.module.named_modules()
+        for leaf in _matrices(module)
+    )
+    return frozenset(names) & adapted.base
+
+
+def _matrices(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, Experts):
+        return EXPERT_MATRICES
+    return ("weight",) if isinstance(module, Linear) else ()
+
+
 def _adapted(model: nn.Module) -> _Adapted:
-    found: _Adapted = getattr(model, _ADAPTED, _Adapted(frozenset(), []))
+    found: _Adapted = getattr(model, _ADAPTED, _Adapted(frozenset(), [], Packing.none))
     return found
 
 

@@ -129,7 +129,7 @@ def materialize(
     tensors.sort(key=lambda item: place.get(item[0], -1))
     with torch.no_grad():
         for name, tensor in tensors:
-            _fill(tensor, name, values)
+            fill(tensor, name, values)
 
 
 def persistent_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -161,7 +161,8 @@ def _allocate(model: nn.Module, device: torch.device, parameter_device: torch.de
                 setattr(module, name, torch.empty_like(buffer, device=device))
 
 
-def _fill(tensor: Tensor, name: str, source: Source) -> None:
+def fill(tensor: Tensor, name: str, source: Source) -> None:
+    """Write what this rank holds of a tensor."""
     if not isinstance(tensor, DTensor):
         tensor.copy_(source.read(name, tuple(slice(0, size) for size in tensor.shape)))
         return

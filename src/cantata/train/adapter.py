@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cantata.core.errors import ConfigError
 from cantata.models.lora import LoRAConfig
-from cantata.nn.lora import is_factor
+from cantata.nn.lora import Packing, is_factor
 from cantata.parallel.materialize import Index, RandomInit, Source
 
 _PARTS, _PART_BYTES = 16, 2**10
@@ -49,34 +49,40 @@ class AdapterValues:
 
 
 class BaseIdentity:
-    """Travels in an adapter's checkpoints: what they adapt, and how their factors count.
+    """Travels in an adapter's checkpoints: what they adapt, in how many bits, and how their factors count.
 
-    Neither shows in the factors themselves, which are worth nothing without.
+    None of it shows in the factors themselves, which are worth nothing without.
 
     Args:
         weights: the Hugging Face directory of the base, or None for random values.
         seed: which those follow from.
-        lora: what the factors are scaled by.
+        lora: what the factors are scaled by, and what the weights rest in while they learn.
     """
 
     def __init__(self, weights: str | None, seed: int, lora: LoRAConfig) -> None:
         self._weights = f"random values of seed={seed}" if weights is None else f"model.weights={weights}"
         self._digest = f"seed {seed}" if weights is None else digest(Path(weights))
-        self._scaling = {"alpha": lora.alpha, "rslora": lora.rslora}
+        self._settings = {
+            "alpha": lora.alpha,
+            "rslora": lora.rslora,
+            "quantize_base": lora.quantize_base.value,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"weights": self._weights, "digest": self._digest, "scaling": self._scaling}
+        return {"weights": self._weights, "digest": self._digest, "scaling": self._settings}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises `ConfigError` where a checkpoint adapts other weights, or scales its factors otherwise."""
+        """Raises `ConfigError` where a checkpoint adapts other weights, or adapts them otherwise."""
         if state["digest"] != self._digest:
             raise ConfigError(
                 f"the checkpoint adapts other weights ({state['weights']}) than these ({self._weights}); "
                 "give those that it began with, or start anew with another out="
             )
-        for key, value in self._scaling.items():
-            was = state["scaling"][key]
+        # Checkpoints from before there was a choice have no word of it.
+        then = {"quantize_base": Packing.none.value, **state["scaling"]}
+        for key, value in self._settings.items():
+            was = then[key]
             if was != value:
                 raise ConfigError(
                     f"the checkpoint was trained with lora.{key}={was}, the config has {value}, which would "

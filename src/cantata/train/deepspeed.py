@@ -12,18 +12,20 @@ ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cantata.core.errors import ConfigError
-from cantata.core.types import Batch, StepTotals
+from cantata.core.types import MicroBatch, StepTotals
 from cantata.models.protocol import Unit
 from cantata.parallel.materialize import InitialValues, Source
 from cantata.parallel.mesh import RankMesh
-from cantata.parallel.plan import Divisible, apply_plan
+from cantata.parallel.pack import base_note, pack_base
+from cantata.parallel.plan import Divisible, apply_plan, fp32_parameters
 from cantata.parallel.recompute import Recompute
 from cantata.train.deepspeed_experts import SpreadExperts, start
 from cantata.train.deepspeed_setup import allocate, gather_whole_blocks, import_deepspeed, quiet, settings
@@ -35,6 +37,7 @@ from cantata.train.deepspeed_zero import (
     PartitionedWeights,
     Replicated,
 )
+from cantata.train.ema import swapped
 from cantata.train.engine import Objective
 from cantata.train.optim import (
     OptimizerPartial,
@@ -95,13 +98,21 @@ class DeepSpeedEngine:
         if not isinstance(model, Divisible):
             raise TypeError(f"{type(model).__name__} lacks units; see cantata.models.protocol")
         units = model.units()
+        if precision is Precision.bf16 and (exact := sorted(fp32_parameters(model))):
+            raise ConfigError(
+                f"engine.precision=bf16 is not offered by deepspeed for {exact[0]}, which must stay fp32 "
+                "while it computes: it would be rounded; set engine.precision=fp32 or engine=fsdp2"
+            )
         library = import_deepspeed(device)
         groups = parameter_groups(model, parameters, *optimizer_defaults(optimizer))
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        shapes = {name: parameter.shape for parameter, name in names.items()}
         self.model = model
         self.summary = describe_groups(groups, model)
-        self.settings = f"deepspeed, ZeRO {zero_stage}, {precision.value}, offload {offload.value}"
+        self.settings = (
+            f"deepspeed, ZeRO {zero_stage}, {precision.value}, offload {offload.value}{base_note(model)}"
+        )
+        pack_base(model, _DTYPES[precision], mesh, compile=compile)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        shapes = {name: parameter.shape for parameter, name in names.items()}
 
         values = InitialValues(model, source)
         config = settings(zero_stage, precision, offload, device)
@@ -124,7 +135,7 @@ class DeepSpeedEngine:
         self._loss_scale = float(mesh.size()) if zero_stage == 3 else 1.0
 
     def forward_backward(
-        self, batch: Batch, objective: Objective, totals: StepTotals, *, last: bool
+        self, batch: MicroBatch, objective: Objective, totals: StepTotals, *, last: bool
     ) -> dict[str, Tensor]:
         """See `Engine`."""
         self._engine.set_gradient_accumulation_boundary(last)
@@ -160,6 +171,17 @@ class DeepSpeedEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the tensors of `state_dict` back; a collective. Raises `RunError` where one is missing."""
         self._state.load_state_dict(state)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """See `Engine`; a collective."""
+        with swapped(self._optimizer, self._stage.flats()) as are_averages:
+            if are_averages:
+                self._stage.refresh()
+            yield
+        # Not after an error: peers may never come to this collective.
+        if are_averages:
+            self._stage.refresh()
 
 
 def validate(mesh: RankMesh, offload: Offload, zero_stage: int, compile: bool) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from cantata.core.dist import all_reduce_sum, gather_strings
 from cantata.core.errors import ConfigError, RunError
-from cantata.parallel.materialize import Source, persistent_tensors
+from cantata.parallel.materialize import Source, fill, persistent_tensors
 from cantata.train.deepspeed_stage import Fragment, Stage
+from cantata.train.ema import adam_state
 
 _STEP = "step"
 
@@ -69,7 +70,7 @@ class WholeState:
                 part = source.read(name, (rows, *_all(shape[1:])) if shape else ())
                 fragment.of(fragment.flat).copy_(part.reshape(-1)[within])
         for name, buffer in self.model.named_buffers():
-            buffer.copy_(source.read(name, _all(buffer.shape)))
+            fill(buffer, name, source)
         self.stage.refresh()
 
     @torch.no_grad()
@@ -185,13 +186,9 @@ def start_adam(optimizer: torch.optim.Optimizer, flats: Sequence[Tensor]) -> lis
         name = type(optimizer).__name__
         raise ConfigError(f"optimizer={name}: deepspeed supports torch.optim.AdamW and Adam")
     rules = optimizer.param_groups[0]
-    moments = ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if rules["amsgrad"] else [])
     for flat in flats:
-        place = flat.device if rules["fused"] or rules["capturable"] else torch.device("cpu")
-        state: dict[str, Tensor] = {_STEP: torch.zeros((), dtype=torch.float32, device=place)}
-        state.update({name: torch.zeros_like(flat, requires_grad=False) for name in moments})
-        optimizer.state[flat] = state
-    return moments
+        optimizer.state[flat] = adam_state(optimizer, rules, flat)
+    return [name for name in optimizer.state[flats[0]] if name != _STEP]
 
 
 def _all(shape: Sequence[int]) -> tuple[slice, ...]:

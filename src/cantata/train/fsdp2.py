@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from cantata.core.errors import ConfigError, RunError
-from cantata.core.types import Batch, StepTotals
+from cantata.core.types import MicroBatch, StepTotals
 from cantata.models.lora import base_names
 from cantata.parallel.fsdp import Sharding, sharded_modules
 from cantata.parallel.materialize import Source, materialize, persistent_tensors
 from cantata.parallel.mesh import RankMesh
-from cantata.parallel.plan import apply_plan
+from cantata.parallel.pack import base_note, pack_base
+from cantata.parallel.plan import apply_plan, fp32_parameters
 from cantata.parallel.recompute import Recompute
+from cantata.train.ema import adam_state, swapped
 from cantata.train.engine import Objective
 from cantata.train.norm import clip, total_norm
 from cantata.train.optim import (
@@ -92,29 +95,34 @@ class FSDP2Engine:
             )
         defaults = optimizer_defaults(optimizer)
         # On meta first, so that a misspelt pattern is found before anything is allocated.
-        parameter_groups(model, parameters, *defaults)
-        base = base_names(model)
+        groups = parameter_groups(model, parameters, *defaults)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.summary = describe_groups(groups, model)
+        base, exact = base_names(model), fp32_parameters(model)
         for name, parameter in model.named_parameters():
             # What never changes and is never saved needs no more bits than it computes with.
             kept_in = precision if name in base else state_dtype
-            parameter.data = parameter.data.to(_DTYPES[kept_in])
+            parameter.data = parameter.data.to(torch.float32 if name in exact else _DTYPES[kept_in])
+        pack_base(model, _DTYPES[precision], mesh, compile=compile)
         offloaded = offload is Offload.parameters
         sharding = Sharding(_DTYPES[precision], offloaded)
         apply_plan(model, recompute=recompute, compile=compile, mesh=mesh, sharding=sharding)
         materialize(model, source, device, torch.device("cpu") if offloaded else None)
 
-        groups = parameter_groups(model, parameters, *defaults)
         self.model = model
-        self.summary = describe_groups(groups, model)
-        self.settings = f"fsdp2, {precision.value}, states {state_dtype.value}, offload {offload.value}"
+        self.settings = (
+            f"fsdp2, {precision.value}, states {state_dtype.value}, offload {offload.value}{base_note(model)}"
+        )
         # While a unit is gathered its module holds other tensors, so the shards are remembered here.
         self._shards = dict(model.named_parameters())
         self._trained = {name: shard for name, shard in self._shards.items() if shard.requires_grad}
+        for group in groups:
+            group["params"] = [self._shards[names[parameter]] for parameter in group["params"]]
         self._optimizer = optimizer(groups)
         _start_adam(self._optimizer)
 
     def forward_backward(
-        self, batch: Batch, objective: Objective, totals: StepTotals, *, last: bool
+        self, batch: MicroBatch, objective: Objective, totals: StepTotals, *, last: bool
     ) -> dict[str, Tensor]:
         """See `Engine`."""
         root = self._root()
@@ -164,12 +172,25 @@ class FSDP2Engine:
         if own.keys() != state.keys():
             different = sorted(own.keys() ^ state.keys())
             raise RunError(f"state of another model: {len(different)} names differ, first {different[0]}")
-        for module in sharded_modules(self.model):
-            # A group left gathered by an evaluation would go on with the old values.
-            module.reshard()
+        self._forget_gathered()
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(state[name])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """See `Engine`."""
+        try:
+            with swapped(self._optimizer, self._trained.values()):
+                self._forget_gathered()
+                yield
+        finally:
+            self._forget_gathered()
+
+    def _forget_gathered(self) -> None:
+        """Drop what an evaluation left gathered: it would go on with the old values."""
+        for module in sharded_modules(self.model):
+            module.reshard()
 
     def _root(self) -> FSDPModule:
         assert isinstance(self.model, FSDPModule)
@@ -185,10 +206,5 @@ def _start_adam(optimizer: torch.optim.Optimizer) -> None:
     if not isinstance(optimizer, torch.optim.Adam):
         raise ConfigError(f"optimizer={type(optimizer).__name__}: fsdp2 supports torch.optim.AdamW and Adam")
     for group in optimizer.param_groups:
-        on_device = group["fused"] or group["capturable"]
-        moments = ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
         for parameter in group["params"]:
-            device = parameter.device if on_device else torch.device("cpu")
-            state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
-            state.update({name: torch.zeros_like(parameter, requires_grad=False) for name in moments})
-            optimizer.state[parameter] = state
+            optimizer.state[parameter] = adam_state(optimizer, group, parameter)

@@ -1,13 +1,15 @@
 """Memory: what a process has used, and what a rank will need, from shapes alone.
 
-The estimate is a sum of five parts:
+The estimate is a sum of these parts:
 
     parameters   weights at rest: elements / shards * bytes
     gradients    the same of the trained parameters
     optimizer    moments and fp32 masters of the trained parameters
-    gathered     what sharding brings together at once, see `gathered_bytes`
+    gathered     what sharding brings together at once, see `gathered_bytes`, and the largest packed weight
+                 while it is in use
     activations  what forward and backward hold beyond that when they hold most, logits and the rows that
                  travel to experts included: a dry run
+    packed       weights that `lora.quantize_base` packs, whole on every rank
 
 With `mesh.ep` a rank holds num_experts / ep experts of each layer, sharded among fewer ranks than the rest.
 
@@ -25,9 +27,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cantata.core.types import Batch
-from cantata.models.lora import base_names
-from cantata.models.protocol import LanguageModel
+from cantata.core.types import Batch, PixelBatch
+from cantata.models.lora import base_names, packed_names, packing
+from cantata.models.protocol import Trainable
+from cantata.nn.lora import packed_bytes
 from cantata.parallel.mesh import MeshSizes
 from cantata.parallel.recompute import Recompute
 from cantata.train.dry_run import peak_activation_bytes
@@ -148,19 +151,23 @@ class MemoryEstimate:
     optimizer: int
     gathered: int
     activations: int
+    packed: int = 0
+    """Of these `parameters` holds none: no engine shards or offloads them."""
 
     @property
     def total(self) -> int:
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        return {item.name: getattr(self, item.name) for item in fields(self)}
+        """Without what hardly any run has."""
+        parts = {item.name: getattr(self, item.name) for item in fields(self)}
+        return parts if self.packed else {name: part for name, part in parts.items() if name != "packed"}
 
 
 def estimate_memory(
-    model: LanguageModel,
+    model: Trainable,
     layout: Layout,
-    batch: Batch,
+    batch: Batch | PixelBatch,
     recompute: Recompute,
     device: torch.device,
     accumulation_steps: int,
@@ -178,10 +185,11 @@ def estimate_memory(
     local = on_one_rank(model, layout.ep)
     assert isinstance(local, nn.Module)
     experts = expert_ids(local)
-    base = base_names(local)
+    base, packed = base_names(local), _packed(local)
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     for name, parameter in local.named_parameters():
-        parts[name in base].append(parameter)
+        if name not in packed:
+            parts[name in base].append(parameter)
     own, adapted = (Elements.of(part, experts) for part in parts)
     trained = Elements.of((parameter for parameter in parts[0] if parameter.requires_grad), experts)
     gradients = layout.gradients.of(trained)
@@ -194,11 +202,21 @@ def estimate_memory(
         device,
         (lambda elements: 0) if accumulates else layout.gradients.of,
     )
-    units = [sum(parameter.numel() for parameter in unit.module.parameters()) for unit in local.units()]
+    resting = {id(parameter) for parameter in packed.values()}
+    units = [
+        sum(p.numel() for p in unit.module.parameters() if id(p) not in resting) for unit in local.units()
+    ]
+    unpacked = max((weight.numel() for weight in packed.values()), default=0) * layout.compute_dtype.itemsize
     return MemoryEstimate(
         parameters=layout.weights.of(own) + layout.base.of(adapted),
         gradients=gradients,
         optimizer=layout.states.of(trained),
-        gathered=gathered_bytes(layout, units),
+        gathered=gathered_bytes(layout, units) + unpacked,
         activations=peak if accumulates else max(0, peak - gradients),
+        packed=sum(packed_bytes(weight.shape, packing(local)) for weight in packed.values()),
     )
+
+
+def _packed(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What `lora.quantize_base` packs: whole on every rank and on its device, whatever the engine."""
+    return {name: model.get_parameter(name) for name in packed_names(model)}
