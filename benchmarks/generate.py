@@ -1,6 +1,6 @@
 """Greedy decoding of the mini Aria: with a cache, without one, and transformers' `generate`, in turn.
 
-    python benchmarks/generate.py [--quick]
+    python benchmarks/generate.py [--quick] [--processor-time]
 
 All hold the same random weights, in fp32 (bf16 on a GPU). A prompt is an image and 32 to 64 tokens; the peer
 gets a batch padded on the left. New tokens per second, the prompts' own pass included, for one prompt and for
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer pairs")
-    pairs = 3 if parser.parse_args().quick else 7
+    parser.add_argument(
+        "--processor-time", action="store_true", help="for a machine that others use (CPU only)"
+    )
+    options = parser.parse_args()
+    pairs = 3 if options.quick else 7
+    clock = time.process_time if options.processor_time else time.perf_counter
     print(harness.environment())
     config = resolved(compose("pretrain", ["experiment=aria_mini"]).node)
     ours, peer = build_both(config)
@@ -117,9 +123,11 @@ def main() -> None:
         mine, slow = our_step(ours, collator, samples), uncached_step(ours, collator, samples)
         other = peer_step(peer, samples)
         print(f"{count} prompts: cached equals uncached {mine() == slow()}, transformers {mine() == other()}")
-        own, theirs, ratios[f"tokens_per_second_{count}"] = harness.alternate(mine, other, pairs, warmup=1)
+        own, theirs, ratios[f"tokens_per_second_{count}"] = harness.alternate(
+            mine, other, pairs, warmup=1, clock=clock
+        )
         _, uncached, ratios[f"tokens_per_second_{count}_uncached"] = harness.alternate(
-            mine, slow, max(1, pairs // 3), warmup=0
+            mine, slow, max(1, pairs // 3), warmup=0, clock=clock
         )
         harness.figure(f"tokens_per_second_{count}", count * NEW / own, "tokens/s (ours)")
         harness.figure(

@@ -37,7 +37,8 @@ def test_cached_is_uncached(model: Aria, monkeypatch: pytest.MonkeyPatch, block:
     cached, repeated = (play(kind(model, COLLATOR), PROMPTS) for kind in (CachedSequences, RepeatedSequences))
     assert [len(logits) for logits in cached] == [2, 2, 2, 2, 4, 3, 3, 3, 1, 1, 2]
     for ours, slow in zip(cached, repeated, strict=True):
-        torch.testing.assert_close(ours, slow, atol=1e-6 * float(slow.abs().max()), rtol=0)
+        # Products of one row and of many round otherwise: by 1.05e-6 here; both are 4.5e-6 from fp64.
+        torch.testing.assert_close(ours, slow, atol=2e-6 * float(slow.abs().max()), rtol=0)
 
 
 @torch.no_grad()

@@ -138,3 +138,24 @@ def test_the_module_computes_with_its_own_part_of_the_weights() -> None:
         assert parameter.grad is not None
         assert not parameter.grad[:3].any()
         assert parameter.grad[3:].any()
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("grouped", [True, False], ids=["few rows", "many rows"])
+def test_without_gradients_few_rows_take_the_grouped_kernel_on_cpu(
+    routing: str, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    original = module.grouped_experts
+    monkeypatch.setattr(module, "grouped_experts", lambda *args: (calls.append(args), original(*args))[1])
+    if not grouped:
+        monkeypatch.setattr(module, "_CACHED_ELEMENTS", 0)
+    (x, weights, fc1, fc2), index, _ = problem(routing)
+    given = Dispatched(x, weights, count(index, EXPERTS), Order.of(index), None)
+    with torch.no_grad():
+        found = module.run_experts(given, fc1, fc2)
+    assert bool(calls) == (grouped and index.numel() > 0)
+    torch.testing.assert_close(found, plain(x, weights, fc1, fc2, index), rtol=1e-6, atol=1e-5)
+    calls.clear()
+    module.run_experts(given, fc1.requires_grad_(), fc2)
+    assert not calls, "training is as it was"

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from cantata.nn.matmul import product_dtype
 from cantata.nn.moe.dispatch import Dispatched
 from cantata.nn.moe.grouped import grouped_experts, grouped_experts_backward
 from cantata.nn.moe.looped import looped_experts, looped_experts_backward
 from cantata.nn.moe.low_rank import Flat, factors
+
+_CACHED_ELEMENTS = 2**17
+"""Outputs of fc1 that a processor's caches hold: half a MiB in fp32."""
 
 
 class Experts(nn.Module):
@@ -39,6 +43,9 @@ class Experts(nn.Module):
 
 def run_experts(given: Dispatched, fc1: Tensor, fc2: Tensor, low: Flat = ()) -> Tensor:
     """What `Experts` computes; `low` is added to the two weights (see `low_rank`)."""
+    if not torch.is_grad_enabled() and _are_few(given.x_ND, given.order.token_R, fc1, fc2, low):
+        routing = given.tokens_per_expert_E, *given.order
+        return grouped_experts(given.x_ND, given.weights_NK, fc1, fc2, *routing, low)[0]
     y_ND: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
         given.x_ND, given.weights_NK, fc1, fc2, given.tokens_per_expert_E, *given.order, *low
     )
@@ -80,12 +87,28 @@ class _Experts(torch.autograd.Function):
         return tuple(grad if want else None for grad, want in zip(places, wanted, strict=False))
 
 
+def _are_few(x_ND: Tensor, token_R: Tensor, fc1: Tensor, fc2: Tensor, low: Flat) -> bool:
+    """Whether the grouped kernel is the faster one on a processor too, whose caches hold all rows.
+
+    So it is in generation: a loop would start a dozen operators for an expert's one or two rows.
+    """
+    cached = 0 < len(token_R) * fc1.shape[-1] <= _CACHED_ELEMENTS
+    return cached and product_dtype(x_ND) == x_ND.dtype and _has_kernel(x_ND, fc1, fc2, *_given(low))
+
+
 def _can_group(x_ND: Tensor, fc1: Tensor, fc2: Tensor, low: Flat) -> bool:
-    return can_group(x_ND, fc1, fc2, *(factor for factor in factors(low) if factor is not None))
+    return can_group(x_ND, fc1, fc2, *_given(low))
+
+
+def _given(low: Flat) -> list[Tensor]:
+    return [factor for factor in factors(low) if factor is not None]
 
 
 def can_group(x_RD: Tensor, *weights: Tensor) -> bool:
     """Whether to use the grouped kernel: on a device, some rows, not fp64, strides of 16-byte multiples."""
+    return x_RD.device.type != "cpu" and x_RD.shape[0] > 0 and _has_kernel(x_RD, *weights)
+
+
+def _has_kernel(x_RD: Tensor, *weights: Tensor) -> bool:
     supported = x_RD.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    aligned = all(w.shape[-1] * w.element_size() % 16 == 0 for w in (x_RD, *weights))
-    return x_RD.device.type != "cpu" and supported and aligned and x_RD.shape[0] > 0
+    return supported and all(w.shape[-1] * w.element_size() % 16 == 0 for w in (x_RD, *weights))
