@@ -22,12 +22,21 @@ def emoji(split: str, **changes: Any) -> SourceConfig:
         "split": split,
         "held_out_share": 0.05,
     }
-    return SourceConfig(1.0, OnError.skip, TooLong.drop, None, None, node | changes)
+    policy: dict[str, Any] = {"on_error": OnError.skip, "too_long": TooLong.drop, "max_skipped": None}
+    return SourceConfig(weight=1.0, **policy, augment=None, dataset=node | changes)
 
 
 def config(**changes: Any) -> DataConfig:
-    sources = {"emoji": emoji("train", **changes)}
-    return DataConfig(0, 2, 2, 8, WeightUnit.samples, None, sources, {"emoji": emoji("held_out")})
+    return DataConfig(
+        num_workers=0,
+        prefetch=2,
+        streams=2,
+        window=8,
+        weight_unit=WeightUnit.samples,
+        cache=None,
+        sources={"emoji": emoji("train", **changes)},
+        held_out={"emoji": emoji("held_out")},
+    )
 
 
 def test_training_and_held_out_batches_from_the_config() -> None:

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from cantata.core.errors import ConfigError
-from cantata.core.samples import Chat, Document, Message, Video
-from cantata.data.augment import Augment, CropFlipJitter, Draw, augmented
+from cantata.core.samples import Chat, Codes, Document, Message, Video
+from cantata.data.augment import Augment, CropFlipJitter, Draw, NullPrompt, augmented
 
 OFF = CropFlipJitter(
     min_area=1.0, max_stretch=1.0, flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0
@@ -136,3 +136,38 @@ def test_pictures_differ_frames_of_a_clip_do_not_and_text_stays() -> None:
 def test_bad_values(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         dataclasses.replace(ALL, **change)
+
+
+def test_codes_stay_as_they_are_and_draw_nothing() -> None:
+    codes = Codes(np.zeros((1, 2, 2), dtype=np.int64))
+    mixed = augmented(Document((codes, NOISE, "text")), ALL, DRAW)
+    alone = augmented(Document((NOISE,)), ALL, DRAW)
+    assert isinstance(mixed, Document)
+    assert isinstance(alone, Document)
+    assert mixed.parts[0] is codes
+    assert np.array_equal(np.asarray(mixed.parts[1]), np.asarray(alone.parts[0]))
+
+
+def test_a_null_prompt_leaves_texts_out_in_its_share_of_draws() -> None:
+    codes = Codes(np.zeros((1, 2, 2), dtype=np.int64))
+    example = Document(("a cat", codes, "on a mat"))
+    draws = [dataclasses.replace(DRAW, index=index) for index in range(400)]
+    found = [augmented(example, NullPrompt(0.25), draw) for draw in draws]
+    without = [one for one in found if one != example]
+    assert all(one == Document((codes,)) for one in without)
+    assert 70 < len(without) < 130
+    assert found == [augmented(example, NullPrompt(0.25), draw) for draw in draws], "a draw decides"
+    epochs = [augmented(example, NullPrompt(0.25), dataclasses.replace(DRAW, epoch=e)) for e in range(40)]
+    assert {len(one.parts) for one in epochs if isinstance(one, Document)} == {1, 3}
+
+
+def test_a_null_prompt_at_its_limits_and_in_conversations() -> None:
+    example = Document(("a cat", Codes(np.zeros((1, 2, 2), dtype=np.int64))))
+    chat = Chat((Message("user", ("a cat",)), Message("assistant", ("yes",))))
+    for index in range(20):
+        draw = dataclasses.replace(DRAW, index=index)
+        assert augmented(example, NullPrompt(0.0), draw) is example
+        assert augmented(example, NullPrompt(1.0), draw) == Document(example.parts[1:])
+        assert augmented(chat, NullPrompt(1.0), draw) is chat
+    with pytest.raises(ConfigError, match=r"augment.share=1.5 must be from 0 to 1"):
+        NullPrompt(1.5)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from cantata.core.errors import ConfigError, RunError
 from cantata.core.samples import Sample
-from cantata.data.packing import PackedRow, Packer, check_states
+from cantata.data.packing import Packer
 from cantata.data.reading import Drop
+from cantata.data.rows import PackedRow, check_states
 
 
 def sample(position: int, length: int) -> Sample:

@@ -20,8 +20,14 @@ class Video(NamedTuple):
     frames: tuple[Image.Image, ...]
 
 
-Part = str | Image.Image | Video
-"""A piece of text, an RGB image, or a clip. Pages of a document are images."""
+class Codes(NamedTuple):
+    """An image or a clip that a tokenizer has turned into codes already."""
+
+    codes_thw: NDArray[np.int64]
+
+
+Part = str | Image.Image | Video | Codes
+"""A piece of text, an RGB image, a clip, or either of them as codes. Pages of a document are images."""
 
 
 class DataError(Exception):
@@ -92,6 +98,23 @@ class Sample:
         return len(self.input_ids_T)
 
 
+@dataclass(frozen=True)
+class PixelSample:
+    """An image or a clip for training an image tokenizer; in a row it counts as one."""
+
+    key: str
+    """`source:index`, to name the sample in messages."""
+    pixels_TCHW: NDArray[np.uint8]
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(T, C, H, W): what must agree within a batch."""
+        return self.pixels_TCHW.shape
+
+    def __len__(self) -> int:
+        return 1
+
+
 class Processor(Protocol):
     """Turns examples into token ids and patches for one model family."""
 
@@ -99,7 +122,9 @@ class Processor(Protocol):
     def pad_token_id(self) -> int: ...
 
     @property
-    def image_token_id(self) -> int: ...
+    def image_token_id(self) -> int:
+        """What image features replace; -1 where a family has no such token."""
+        ...
 
     @property
     def vocab_size(self) -> int: ...

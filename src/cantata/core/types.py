@@ -12,11 +12,11 @@ Shape suffixes used throughout Cantata:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -140,16 +140,58 @@ class Batch:
 
     def describe(self) -> str:
         """The samples of this batch, for messages."""
-        names = [name for row in self.rows for name in row.samples]
-        shown = ", ".join(names[:8])
-        return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return _shortened([name for row in self.rows for name in row.samples])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """A copy whose tensors live on `device`."""
         return _move(self, device, non_blocking)
 
 
-Record = TypeVar("Record", Batch, Images)
+@dataclass
+class PixelBatch:
+    """A micro-batch of images or clips of one size, for training and measuring image tokenizers.
+
+    B  images or clips    T  frames (1 of images)    C  channels    H, W  rows and columns
+    """
+
+    pixels_BTCHW: Tensor
+    """uint8."""
+    is_real_B: Tensor
+    """bool; False of what only fills up a batch so that ranks keep in step (in evaluation alone)."""
+    keys: tuple[str, ...]
+    """`source:index` of each real one."""
+    codes_per_image: int
+    """Positions of the grid of codes that each becomes."""
+    rows: tuple[RowInfo, ...] = field(default=())
+
+    @property
+    def num_tokens(self) -> int:
+        """Codes of the real images."""
+        return len(self.keys) * self.codes_per_image
+
+    @property
+    def num_targets(self) -> int:
+        return self.num_tokens
+
+    @property
+    def target_weight(self) -> float:
+        """Values that are reconstructed: what losses are means over."""
+        return float(len(self.keys) * self.pixels_BTCHW[0].numel())
+
+    def describe(self) -> str:
+        """The samples of this batch, for messages."""
+        return _shortened(self.keys)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PixelBatch:
+        """A copy whose tensors live on `device`."""
+        return _move(self, device, non_blocking)
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+Record = TypeVar("Record", Batch, Images, PixelBatch)
 
 
 def _move(record: Record, device: torch.device | str, non_blocking: bool) -> Record:
@@ -161,6 +203,27 @@ def _move(record: Record, device: torch.device | str, non_blocking: bool) -> Rec
         elif isinstance(value, Images):
             moved[item.name] = _move(value, device, non_blocking)
     return replace(record, **moved)
+
+
+class MicroBatch(Protocol):
+    """What the loop needs of a micro-batch, whatever it holds."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_targets(self) -> int: ...
+
+    @property
+    def target_weight(self) -> float:
+        """What the objective's losses are divided by, over the whole step."""
+        ...
+
+    def describe(self) -> str:
+        """Its samples, for messages."""
+        ...
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self: ...
 
 
 class TokenGroups(NamedTuple):

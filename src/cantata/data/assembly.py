@@ -13,7 +13,15 @@ from cantata.core.errors import ConfigError
 from cantata.core.samples import Processor
 from cantata.data.cache import SampleCache, identify
 from cantata.data.collate.packed import PackedCollator
-from cantata.data.config import DataConfig, SourceConfig, WeightUnit
+from cantata.data.collate.pixels import ImageCollator
+from cantata.data.config import (
+    DataConfig,
+    ImageDataConfig,
+    ImageSourceConfig,
+    SourceConfig,
+    TooLong,
+    WeightUnit,
+)
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
 from cantata.data.reading import Augmentation, Reader, Source
@@ -23,7 +31,11 @@ log = logging.getLogger(__name__)
 
 
 def build_sources(
-    configs: Mapping[str, SourceConfig], key: str, seed: int, cache: str | None, processor: Processor
+    configs: Mapping[str, ImageSourceConfig],
+    key: str,
+    seed: int,
+    cache: str | None = None,
+    processor: Processor | None = None,
 ) -> dict[str, Source]:
     """Open the datasets.
 
@@ -32,7 +44,7 @@ def build_sources(
         key: where they stand in the config, for messages.
         seed: decides augmentations.
         cache: folder of encoded samples, or None.
-        processor: what encodes them.
+        processor: what encodes them; wanted where there is a cache.
 
     Raises `ConfigError` where a dataset's file is missing or unusable.
     """
@@ -42,10 +54,12 @@ def build_sources(
         augmentation = None
         if config.augment is not None:
             augmentation = Augmentation(_built(config.augment, f"{key}.{name}.augment"), seed)
+        too_long = config.too_long if isinstance(config, SourceConfig) else TooLong.drop
         sources[name] = Source(
-            dataset, config.weight, config.on_error, config.too_long, config.max_skipped, augmentation
+            dataset, config.weight, config.on_error, too_long, config.max_skipped, augmentation
         )
         if cache is not None and augmentation is None:
+            assert processor is not None
             identity = identify(config.dataset, len(dataset), processor)
             if identity is None:
                 log.warning("%s.%s is not cached: no file tells its data from other data", key, name)
@@ -106,6 +120,49 @@ def build_held_out(
         sequence_length=sequence_length,
         micro_batch_size=micro_batch_size,
         window=config.window,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def build_image_loader(
+    config: ImageDataConfig,
+    collator: ImageCollator,
+    *,
+    seed: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+) -> Loader:
+    """The training batches of images of data-parallel rank `rank` of `world_size`.
+
+    A row holds a micro-batch: as many images as a row of text holds tokens.
+    """
+    return Loader(
+        build_sources(config.sources, "data.sources", seed),
+        collator,
+        seed=seed,
+        sequence_length=micro_batch_size,
+        micro_batch_size=1,
+        streams=config.streams,
+        window=1,
+        num_workers=config.num_workers,
+        prefetch=config.prefetch,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def build_held_out_images(
+    config: ImageDataConfig, collator: ImageCollator, *, micro_batch_size: int, rank: int, world_size: int
+) -> HeldOut:
+    """The evaluation batches of images of data-parallel rank `rank` of `world_size`."""
+    return HeldOut(
+        build_sources(config.held_out, "data.held_out", 0),
+        collator,
+        sequence_length=micro_batch_size,
+        micro_batch_size=1,
+        window=1,
         rank=rank,
         world_size=world_size,
     )

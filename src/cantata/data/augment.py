@@ -10,13 +10,13 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
 from cantata.core.errors import ConfigError
-from cantata.core.samples import Document, Example, Part, Video
+from cantata.core.samples import Codes, Document, Example, Part, Video
 
 
 class Augment(Protocol):
@@ -25,6 +25,33 @@ class Augment(Protocol):
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """A changed copy. What is drawn must not depend on the image: frames of a clip share their draws."""
         ...
+
+
+@runtime_checkable
+class ExampleAugment(Protocol):
+    """What an `augment:` slot may build instead: it changes the example as a whole."""
+
+    def change(self, example: Example, rng: np.random.Generator) -> Example: ...
+
+
+@dataclass(frozen=True)
+class NullPrompt:
+    """Leaves a document's texts out now and then, so that a model learns images without a text too.
+
+    Classifier-free guidance compares with what it then draws (Ho and Salimans, 2022, arXiv:2207.12598).
+    """
+
+    share: float
+    """Probability; Emu3's authors take 0.05."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ConfigError(f"augment.share={self.share} must be from 0 to 1")
+
+    def change(self, example: Example, rng: np.random.Generator) -> Example:
+        if not isinstance(example, Document) or rng.random() >= self.share:
+            return example
+        return replace(example, parts=tuple(part for part in example.parts if not isinstance(part, str)))
 
 
 @dataclass(frozen=True)
@@ -46,13 +73,18 @@ class Draw:
         return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
 
 
-def augmented(example: Example, augment: Augment, draw: Draw) -> Example:
-    """The example with each picture changed by a draw of its own; a clip's frames all by the same one."""
+def augmented(example: Example, augment: Augment | ExampleAugment, draw: Draw) -> Example:
+    """The example with each picture changed by a draw of its own; a clip's frames all by the same one.
+
+    Codes stay as they are.
+    """
+    if isinstance(augment, ExampleAugment):
+        return augment.change(example, draw.generator(0))
     count = 0
 
     def changed(part: Part) -> Part:
         nonlocal count
-        if isinstance(part, str):
+        if isinstance(part, (str, Codes)):
             return part
         number, count = count, count + 1
         if isinstance(part, Video):

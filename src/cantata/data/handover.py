@@ -6,7 +6,6 @@ import signal
 from typing import Any, NamedTuple
 
 from cantata.core.errors import ConfigError, RunError
-from cantata.data.collate.packed import Row
 
 
 class Failure(NamedTuple):
@@ -26,7 +25,7 @@ def unchanged(item: Any) -> Any:
     return item
 
 
-def arrived(item: Row | Failure) -> Row:
+def arrived(item: Any) -> Any:
     """The row, or the worker's error as its own."""
     if isinstance(item, Failure):
         raise (ConfigError if item.is_config else RunError)(item.message)

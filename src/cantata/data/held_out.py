@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 from cantata.core.errors import RunError
-from cantata.core.samples import DataError, Document, Example, Sample
-from cantata.core.types import Batch
-from cantata.data.collate.packed import PackedCollator, Row
-from cantata.data.packing import Packer
+from cantata.core.samples import DataError, Document, Example, PixelSample, Sample
+from cantata.data.collate.base import Collator
 from cantata.data.reading import Drop, Reader, Source
 
 
@@ -26,7 +25,7 @@ class HeldOut:
     Args:
         sources: the datasets by name.
         collator: encodes and packs.
-        sequence_length: tokens of a row.
+        sequence_length: what a row holds: tokens, or images.
         micro_batch_size: rows of a batch.
         window: samples to choose from when a row is filled.
         rank: this data-parallel rank.
@@ -36,7 +35,7 @@ class HeldOut:
     def __init__(
         self,
         sources: Mapping[str, Source],
-        collator: PackedCollator,
+        collator: Collator,
         *,
         sequence_length: int,
         micro_batch_size: int,
@@ -44,7 +43,7 @@ class HeldOut:
         rank: int,
         world_size: int,
     ) -> None:
-        self.collator = collator
+        self.collator: Any = collator
         self.dropped: dict[str, dict[str, int]] = {}
         """Samples left out in the first pass, by source and reason."""
         self._reader = Reader(sources, collator.encode, sequence_length, "data.held_out")
@@ -89,11 +88,11 @@ class HeldOut:
                 except DataError:
                     continue
 
-    def passes(self) -> Iterator[tuple[str, Iterator[Batch]]]:
+    def passes(self) -> Iterator[tuple[str, Iterator[Any]]]:
         """Each source's name with its batches."""
         return ((name, self.batches(name)) for name in self._reader.sources)
 
-    def batches(self, source: str) -> Iterator[Batch]:
+    def batches(self, source: str) -> Iterator[Any]:
         """This rank's batches of one source."""
         if source not in self._plans:
             self._plans[source] = self._pack(source)
@@ -106,14 +105,14 @@ class HeldOut:
             packed = [self._row(keys) for keys in batch]
             yield self.collator.collate(packed, self._reader.sequence_length)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         for source in self._reader.sources:
             yield from self.batches(source)
 
     def _pack(self, source: str) -> list[tuple[str, ...]]:
         """The keys of the samples of each of the source's R rows."""
         size = len(self._reader.sources[source].dataset)
-        packer = Packer(
+        packer = self.collator.row_maker(
             lambda index: self._reader.read(source, index),
             stream=0,
             stride=1,
@@ -129,10 +128,10 @@ class HeldOut:
         self.dropped |= packer.state()["dropped"]
         return plan
 
-    def _row(self, keys: tuple[str, ...]) -> Row:
+    def _row(self, keys: tuple[str, ...]) -> Any:
         return self.collator.row([self._sample(key) for key in keys])
 
-    def _sample(self, key: str) -> Sample:
+    def _sample(self, key: str) -> Sample | PixelSample:
         name, _, index = key.rpartition(":")
         sample = self._reader.read(name, int(index))
         if isinstance(sample, Drop):

@@ -22,20 +22,20 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from cantata.core.errors import CantataError, ConfigError, RunError
-from cantata.core.samples import Sample
-from cantata.core.types import Batch, RowInfo
+from cantata.core.samples import PixelSample, Sample
+from cantata.core.types import MicroBatch, RowInfo
 from cantata.data.ahead import one_ahead, repeated
-from cantata.data.collate.packed import PackedCollator, Row
+from cantata.data.collate.base import Collator
 from cantata.data.drops import sum_drops, sum_reads
 from cantata.data.handover import Failure, arrived, leave_signals_to_the_trainer, unchanged
 from cantata.data.order import BLOCK, Order
-from cantata.data.packing import Packer, check_states
 from cantata.data.reading import Drop, Reader, Source
+from cantata.data.rows import RowMaker, check_states
 
 log = logging.getLogger(__name__)
 
 
-class Streams(IterableDataset[Row | Failure]):
+class Streams(IterableDataset[Any]):
     """The rows of some streams in turn; lives in a worker process.
 
     Args:
@@ -51,7 +51,7 @@ class Streams(IterableDataset[Row | Failure]):
     def __init__(
         self,
         reader: Reader,
-        collator: PackedCollator,
+        collator: Collator,
         order: Order,
         num_streams: int,
         streams: Sequence[int],
@@ -66,9 +66,9 @@ class Streams(IterableDataset[Row | Failure]):
         self._states = states
         self._window = window
 
-    def __iter__(self) -> Iterator[Row | Failure]:
+    def __iter__(self) -> Iterator[Any]:
         try:
-            packers: dict[int, Packer] = {}
+            packers: dict[int, RowMaker] = {}
             for stream, state in cycle(zip(self._streams, self._states, strict=True)):
                 if stream not in packers:
                     # Not before its turn: a resumed stream reads its pending samples again.
@@ -79,8 +79,8 @@ class Streams(IterableDataset[Row | Failure]):
         except CantataError as error:
             yield Failure(str(error), isinstance(error, ConfigError))
 
-    def _packer(self, stream: int, state: Mapping[str, Any] | None) -> Packer:
-        packer = Packer(
+    def _packer(self, stream: int, state: Mapping[str, Any] | None) -> RowMaker:
+        packer = self._collator.row_maker(
             self._fetch,
             stream,
             self._num_streams,
@@ -94,7 +94,7 @@ class Streams(IterableDataset[Row | Failure]):
             packer.load(dict(state))
         return packer
 
-    def _fetch(self, position: int) -> Sample | Drop:
+    def _fetch(self, position: int) -> Sample | PixelSample | Drop:
         place = self._order.locate(position)
         return self._reader.read(place.source, place.index, place.epoch)
 
@@ -108,7 +108,7 @@ class Loader:
         sources: the datasets by name.
         collator: encodes and packs.
         seed: decides the order.
-        sequence_length: tokens of a row.
+        sequence_length: what a row holds: tokens, or images.
         micro_batch_size: rows of a batch.
         streams: S; a multiple of `world_size`.
         window: samples that a stream chooses from.
@@ -123,7 +123,7 @@ class Loader:
     def __init__(
         self,
         sources: Mapping[str, Source],
-        collator: PackedCollator,
+        collator: Collator,
         *,
         seed: int,
         sequence_length: int,
@@ -157,7 +157,7 @@ class Loader:
         self._told: set[tuple[str, str]] = set()
         self._is_telling = True
 
-    def __iter__(self) -> Generator[Batch, None, None]:
+    def __iter__(self) -> Generator[Any, None, None]:
         """Batches without end. Close it: workers ignore signals, and a process that has one does not exit."""
         rows = self._ready_rows()
         make = partial(self._make_batch, rows)
@@ -205,7 +205,7 @@ class Loader:
         drawn = zip(self.order.names, self.order.sizes, self.order.quotas, strict=True)
         return [(name, size, quota / sum(self.order.quotas)) for name, size, quota in drawn]
 
-    def peek(self) -> Batch:
+    def peek(self) -> Any:
         """The next batch, read in this process; the loader stays where it is."""
         twin = copy(self)
         twin._num_workers = 0
@@ -238,12 +238,12 @@ class Loader:
             "sources": self.order.describe(),
         }
 
-    def _make_batch(self, rows: Iterator[Row]) -> tuple[list[RowInfo], Batch]:
+    def _make_batch(self, rows: Iterator[Any]) -> tuple[list[RowInfo], MicroBatch]:
         taken = list(islice(rows, self._micro_batch_size))
         infos = [row.info for row in taken if row.info is not None]
         return infos, self.collator.collate(taken, self._reader.sequence_length)
 
-    def _ready_rows(self) -> Generator[Row, None, None]:
+    def _ready_rows(self) -> Generator[Any, None, None]:
         """This rank's rows from the next one on."""
         first = self._rows + (self._rank - self._rows) % self._world_size
         streams = [
@@ -266,7 +266,7 @@ class Loader:
             # A traceback that is kept would keep the workers too, and with them the process.
             sources.clear()
 
-    def _prefetched(self, streams: Sequence[int]) -> DataLoader[Row | Failure]:
+    def _prefetched(self, streams: Sequence[int]) -> DataLoader[Any]:
         states = [self._states.get(stream) for stream in streams]
         dataset = Streams(
             self._reader, self.collator, self.order, self._num_streams, streams, states, self._window

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from cantata.core.errors import CantataError, RunError
-from cantata.core.samples import DataError, Example, Sample
-from cantata.data.augment import Augment, Draw, augmented
+from cantata.core.samples import DataError, Example, PixelSample, Sample
+from cantata.data.augment import Augment, Draw, ExampleAugment, augmented
 from cantata.data.cache import SampleCache
 from cantata.data.config import OnError, TooLong
 from cantata.data.drops import Drops
 from cantata.data.sources import Dataset, is_sequential
 
-Encode = Callable[[Example, str], Sample]
+Encode = Callable[[Example, str], Sample | PixelSample]
 
 
 LEAST_READS = 100
@@ -31,9 +32,9 @@ class Drop:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Changes the pictures of a source's samples, in each epoch anew."""
+    """Changes a source's samples, in each epoch anew."""
 
-    augment: Augment
+    augment: Augment | ExampleAugment
     seed: int
     """The run's."""
 
@@ -72,7 +73,7 @@ class Reader:
     key: str
     """Where the sources stand in the config, for messages."""
 
-    def read(self, name: str, index: int, epoch: int = 0) -> Sample | Drop:
+    def read(self, name: str, index: int, epoch: int = 0) -> Sample | PixelSample | Drop:
         """One sample as it is in `epoch`, which only an augmentation tells from others.
 
         Raises `RunError`, naming it, where its source says `raise` and on any bug.
@@ -118,11 +119,12 @@ class Reader:
                 f"the data, or raise {self.key}.{name}.max_skipped"
             )
 
-    def _encoded(self, source: Source, name: str, index: int, epoch: int) -> Sample:
+    def _encoded(self, source: Source, name: str, index: int, epoch: int) -> Sample | PixelSample:
         sample_key = f"{name}:{index}"
         if source.augmentation is not None:
             example = source.augmentation(source.dataset[index], name, index, epoch)
             return self.encode(example, sample_key)
         if source.cache is None:
             return self.encode(source.dataset[index], sample_key)
-        return source.cache.sample(index, sample_key, lambda: self.encode(source.dataset[index], sample_key))
+        encode = cast(Callable[[Example, str], Sample], self.encode)
+        return source.cache.sample(index, sample_key, lambda: encode(source.dataset[index], sample_key))

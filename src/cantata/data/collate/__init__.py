@@ -1,5 +1,6 @@
 """From samples to batches."""
 
 from cantata.data.collate.packed import PackedCollator, Row
+from cantata.data.collate.pixels import ImageCollator
 
-__all__ = ["PackedCollator", "Row"]
+__all__ = ["ImageCollator", "PackedCollator", "Row"]

@@ -16,17 +16,15 @@ from torch import Tensor
 from cantata.core.errors import RunError
 from cantata.core.samples import Example, ImagePatches, Processor, Sample
 from cantata.core.types import IGNORE_INDEX, PADDING, Batch, Images, RowInfo, Segments
+from cantata.data.collate.handed import by_handle
+from cantata.data.packing import Packer
+from cantata.data.rows import RowMaker
 
-_BY_VALUE_BYTES = 2**20
 IDS, LABELS, POSITIONS, MODALITY, SAMPLE_MODALITY = range(5)
 
 
 class Row(NamedTuple):
-    """A packed row, cheap to hand from a worker process to the trainer.
-
-    A tensor travels in shared memory, at the price of a handshake that holds up the trainer; arrays travel by
-    value. So only pixels are a tensor, and only where they are many.
-    """
+    """A packed row, cheap to hand from a worker process to the trainer."""
 
     tokens_FT: NDArray[np.int32]
     """The token fields."""
@@ -49,6 +47,8 @@ class PackedCollator:
     Args:
         processor: the family's processor.
     """
+
+    row_maker: type[RowMaker] = Packer
 
     def __init__(self, processor: Processor) -> None:
         self.processor = processor
@@ -74,7 +74,7 @@ class PackedCollator:
             tokens_FT=tokens,
             weight_T=weights,
             lengths=tuple(len(sample) for sample in samples),
-            patches_PC=torch.from_numpy(patches) if patches.nbytes > _BY_VALUE_BYTES else patches,
+            patches_PC=by_handle(patches),
             position_ids_P=position_ids,
             patches=tuple(len(image.patches_PC) for image in images),
             features=tuple(image.num_features for image in images),

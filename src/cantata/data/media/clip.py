@@ -106,6 +106,9 @@ class Clip:
         length = stream.duration if own else None
         if length is None and container.duration is not None:
             length = int(Fraction(container.duration, av.time_base) / self.time_base)
+        if container.format.name == "avi":
+            # Its tick is a frame. Newer libraries shorten the duration to what is there, not this number.
+            length = max(length or 0, stream.frames) or None
         start = stream.start_time if stream.start_time is not None else self.origin
         last = None if length is None else self._last_packets(start + length)
         end, longest = last or self._last_packets(None) or (least, least)
