@@ -116,3 +116,18 @@ def test_one_query_to_its_row_is_a_segment_of_one_query(kv_heads: int, lengths: 
     torch.testing.assert_close(attend_to_rows(q, k, v, visible), expected, atol=1e-6, rtol=0)
     if len(set(lengths)) == 1:
         torch.testing.assert_close(attend_to_rows(q, k, v, None), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [(4, 4), (3, 5)])
+def test_dropout_zeroes_probabilities_and_scales_the_rest(lengths: tuple[int, ...]) -> None:
+    """One-hot values show the probabilities: each is 0 or 1 / (1 - p) of what it is without dropout."""
+    segments, rate = Segments(lengths), 0.25
+    torch.manual_seed(0)
+    q, k = torch.randn(8, 40, 8), torch.randn(8, 20, 8)
+    v = torch.eye(8)[:, None].expand(8, 20, 8).contiguous()
+    expected = PackedAttention(segments, causal=True)(q, k, v)
+    found = PackedAttention(segments, causal=True, dropout=rate)(q, k, v)
+    kept = found != 0
+    torch.testing.assert_close(found[kept], expected[kept] / (1 - rate), rtol=1e-6, atol=1e-7)
+    share = kept.sum() / (expected != 0).sum()
+    assert abs(float(share) - (1 - rate)) < 0.05

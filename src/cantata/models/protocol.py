@@ -14,6 +14,7 @@ from cantata.core.types import Batch, ModelOutput
 from cantata.nn.attention import Attend
 from cantata.nn.moe.balance import BalanceConfig
 from cantata.nn.moe.layer import MoELayer
+from cantata.nn.quantize.base import Quantized, Quantizer
 
 
 class Unit(NamedTuple):
@@ -23,6 +24,8 @@ class Unit(NamedTuple):
     module: nn.Module
     is_block: bool
     """Repeated block: recomputed and compiled. Others (embeddings, head, projector) are only sharded."""
+    in_fp32: bool = False
+    """Its parameters stay fp32 while they compute, whatever the engine's precision (codebooks)."""
 
 
 class HubLayout(Protocol):
@@ -30,6 +33,10 @@ class HubLayout(Protocol):
 
     def to_hub(self, name: str) -> str:
         """The hub's key of a native parameter."""
+        ...
+
+    def hub_key(self, stored: str) -> str | None:
+        """The hub's key that a key of a file stands for; None for what is no part of the model."""
         ...
 
     def hub_shape(self, name: str, shape: torch.Size) -> torch.Size:
@@ -54,10 +61,8 @@ class HubLayout(Protocol):
 
 
 @runtime_checkable
-class LanguageModel(Protocol):
-    """A model that trains by next-token prediction on packed batches."""
-
-    def __call__(self, batch: Batch, *, with_logits: bool = False) -> ModelOutput: ...
+class Trainable(Protocol):
+    """What plans, engines and checkpoints need of a model, whatever it learns."""
 
     def units(self) -> Sequence[Unit]:
         """Every part that holds parameters, in the order in which forward runs them."""
@@ -72,14 +77,8 @@ class LanguageModel(Protocol):
         ...
 
     def flops_per_token(self, mean_sample_length: float) -> float:
-        """Forward and backward operations of one text token, active experts only."""
+        """Forward and backward operations of one text token, active experts only; or of one code."""
         ...
-
-    def check_processor(self, processor: Processor) -> None:
-        """Raise `ConfigError` where the processor's tokens, patches or features are not this model's."""
-        ...
-
-    def hub_layout(self) -> HubLayout: ...
 
     @property
     def balance(self) -> BalanceConfig | None:
@@ -87,6 +86,63 @@ class LanguageModel(Protocol):
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+@runtime_checkable
+class LanguageModel(Trainable, Protocol):
+    """A model that trains by next-token prediction on packed batches."""
+
+    def __call__(self, batch: Batch, *, with_logits: bool = False) -> ModelOutput: ...
+
+    def check_processor(self, processor: Processor) -> None:
+        """Raise `ConfigError` where the processor's tokens, patches or features are not this model's."""
+        ...
+
+    def hub_layout(self) -> HubLayout: ...
+
+
+class TokenizerOutput(NamedTuple):
+    """What an image tokenizer makes of pixels while it trains.
+
+    B  images or clips    T  frames    C  channels    H, W  rows and columns of pixels
+    """
+
+    reconstruction_BTCHW: Tensor
+    """Pixels after decoding, not clamped; the range of the input, -1 to 1."""
+    quantized: Quantized
+    last_input: Tensor
+    """What the decoder's last convolution read, channels second: the adaptive weight needs it."""
+
+
+@runtime_checkable
+class ImageTokenizer(Trainable, Protocol):
+    """A model that turns pixels into a grid of codes and back.
+
+    Pixels are floats from -1 to 1, (B, T, C, H, W); images are clips of one frame.
+    """
+
+    quantizer: Quantizer
+
+    def __call__(self, pixels_BTCHW: Tensor) -> TokenizerOutput: ...
+
+    def encode(self, pixels_BTCHW: Tensor) -> Tensor:
+        """Codes, int64: (B, t, h, w), or (B, t, h, w, R) of a residual quantiser."""
+        ...
+
+    def decode(self, codes_Bthw: Tensor) -> Tensor:
+        """Pixels (B, T, C, H, W), from -1 to 1 but not clamped."""
+        ...
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(t, h, w) of clips of this size; `ConfigError` for one that the model cannot take."""
+        ...
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The decoder's last convolution, `nn.Conv2d` or `nn.Conv3d`: it reads `last_input`."""
+        ...
+
+    def hub_layout(self) -> HubLayout: ...
 
 
 @runtime_checkable

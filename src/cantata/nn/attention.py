@@ -29,16 +29,21 @@ class PackedAttention:
     if asked; tokens beyond the segments' total get zeros. Key-value heads may be fewer than query heads
     (each serves `H / G` consecutive query heads).
 
-    CUDA in half precision runs the variable-length flash kernel; everything else runs SDPA segment by
-    segment, in one call where all segments are equally long.
+    CUDA in half precision runs the variable-length flash kernel, unless there is dropout, which that kernel
+    lacks; everything else runs SDPA segment by segment, in one call where all segments are equally long.
+
+    dropout: share of the attention probabilities that is zeroed, the rest scaled up to make up for it.
 
     Raises `ValueError` where queries and keys do not have the same number of segments.
     """
 
-    def __init__(self, queries: Segments, keys: Segments | None = None, *, causal: bool) -> None:
+    def __init__(
+        self, queries: Segments, keys: Segments | None = None, *, causal: bool, dropout: float = 0.0
+    ) -> None:
         self.queries = queries
         self.keys = queries if keys is None else keys
         self.causal = causal
+        self.dropout = dropout
         self._offsets: tuple[Tensor, Tensor] | None = None
         if len(self.queries.lengths) != len(self.keys.lengths):
             raise ValueError(
@@ -52,7 +57,7 @@ class PackedAttention:
         q, k, v = q_THh[: self.queries.total], k_SGh[: self.keys.total], v_SGh[: self.keys.total]
         if not q.numel():
             out = q + (k.sum() + v.sum()) * 0
-        elif q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        elif q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not self.dropout:
             out = self._varlen(q, k, v)
         else:
             out = self._sdpa(q, k, v)
@@ -89,7 +94,9 @@ class PackedAttention:
 
     def _one_call(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout, is_causal=self.causal, enable_gqa=gqa
+        )
 
 
 def attend_to_rows(q_BHh: Tensor, k_BSGh: Tensor, v_BSGh: Tensor, visible_BS: Tensor | None) -> Tensor:
