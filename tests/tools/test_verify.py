@@ -11,6 +11,7 @@ from cantata.core.errors import ConfigError
 from cantata.models.hub import save_to_hub
 from cantata.tools import verify
 from tests.models.aria.small import small_aria, small_layout
+from tests.models.emu3.small import small_config, small_emu3
 
 LAYOUT = small_layout()
 
@@ -57,3 +58,12 @@ def test_without_transformers_it_says_so(checkpoint: Path, monkeypatch: pytest.M
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ConfigError, match="transformers, which is not installed"):
         verify.main([str(checkpoint)])
+
+
+def test_a_good_emu3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its dropout is off, or nothing would be equal."""
+    pytest.importorskip("transformers")
+    model = small_emu3(small_config(dropout=0.5))
+    save_to_hub(model, model.hub_layout(), tmp_path / "hub", 10**9)
+    assert verify.main([str(tmp_path / "hub")]) == 0
+    assert "21 gradients compared; equal to transformers" in capsys.readouterr().out

@@ -31,7 +31,8 @@ class Captions:
 
     def _encode(self, key: str, document: Document) -> Sample:
         images = tuple(part for part in document.parts if not isinstance(part, str))
-        return self._collator.processor.encode_prompt(Document(images), key)
+        prompt: Sample = self._collator.processor.encode_prompt(Document(images), key)
+        return prompt
 
     def __call__(self, step: int, engine: Engine) -> Shown:
         """Generate, write `step-<step>.jsonl`, and return a line for each image."""

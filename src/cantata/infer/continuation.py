@@ -123,8 +123,9 @@ def _choose(
     ones: Sequence[Continuation], logits_BV: Tensor, config: SamplingConfig, image_token_id: int
 ) -> None:
     logits_BV = logits_BV.float()
-    # It would stand for an image that is not there.
-    logits_BV[:, image_token_id] = -torch.inf
+    if image_token_id >= 0:
+        # It would stand for an image that is not there.
+        logits_BV[:, image_token_id] = -torch.inf
     seen_BV = None
     if config.repetition_penalty != 1:
         seen_BV = torch.stack([one.seen(logits_BV.shape[1], logits_BV.device) for one in ones])

@@ -55,7 +55,12 @@ class HubReader:
         self._shapes = dict(shapes)
         self._keys = {name: layout.to_hub(name) for name in shapes}
         self._open: tuple[str, Any] | None = None
-        self._files = self._locate()
+        self._files: dict[str, str] = {}
+        self._stored: dict[str, str] = {}
+        for stored, file in self._locate().items():
+            key = layout.hub_key(stored)
+            if key is not None:
+                self._files[key], self._stored[key] = file, stored
         self._check({self._keys[name]: layout.hub_shape(name, shape) for name, shape in shapes.items()})
 
     def __iter__(self) -> Iterator[str]:
@@ -65,7 +70,7 @@ class HubReader:
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
         """A parameter, or the slice `index` of it, in the dtype of the file."""
         key, shape = self._keys[name], self._shapes[name]
-        stored = self._file(self._files[key]).get_slice(key)
+        stored = self._slice(key)
         if tuple(stored.get_shape()) != tuple(shape):
             whole: Tensor = stored[:].reshape(shape)
             return whole if index is None else whole[index]
@@ -101,12 +106,15 @@ class HubReader:
                 raise ConfigError(f"{self.directory / file}: cannot be read ({error})") from error
         return self._open[1]
 
+    def _slice(self, key: str) -> Any:
+        return self._file(self._files[key]).get_slice(self._stored[key])
+
     def _check(self, expected: Mapping[str, torch.Size]) -> None:
         missing = [key for key in expected if key not in self._files]
         extra = [key for key in self._files if key not in expected]
         misshapen = []
         for key in sorted(expected.keys() & self._files.keys(), key=self._files.__getitem__):
-            shape = tuple(self._file(self._files[key]).get_slice(key).get_shape())
+            shape = tuple(self._slice(key).get_shape())
             if shape != tuple(expected[key]):
                 misshapen.append(f"{key} {list(shape)} instead of {list(expected[key])}")
         problems = [

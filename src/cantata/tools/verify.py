@@ -18,13 +18,18 @@ from cantata.core.types import IGNORE_INDEX, IMAGE, TEXT, Batch, Images, Segment
 from cantata.models.aria.hf import AriaLayout
 from cantata.models.aria.model import Aria, aria_from_hub
 from cantata.models.aria.vision import patch_position_ids
-from cantata.models.hub import load_from_hub
+from cantata.models.emu3.hf import MODEL_TYPES, Emu3Layout
+from cantata.models.emu3.model import Emu3, emu3_from_hub
+from cantata.models.hub import CONFIG, load_from_hub, read_json
 from cantata.tools.arguments import Parser
 
 LOGITS_BOUND = 1e-5
 LOSS_BOUND = 1e-5
 GRADIENT_BOUND = 1e-4
 """Largest errors allowed in fp32; a gradient's is relative to the largest value of its parameter's."""
+
+
+Layout = AriaLayout | Emu3Layout
 
 
 class Sample(NamedTuple):
@@ -49,10 +54,15 @@ class Check(NamedTuple):
         return self.error <= self.bound
 
 
-def synthetic_samples(layout: AriaLayout, seed: int) -> list[Sample]:
-    """Per projector entry one sample with two images of different shapes, and one of text alone."""
+def synthetic_samples(layout: Layout, seed: int) -> list[Sample]:
+    """Per projector entry one sample with two images of different shapes, and one of text alone.
+
+    For Emu3, whose images are tokens too, three of tokens alone.
+    """
     generator = torch.Generator().manual_seed(seed)
     samples = [Sample(_tokens(layout, 9, generator), 0, [])]
+    if isinstance(layout, Emu3Layout):
+        return [*samples, *(Sample(_tokens(layout, length, generator), 0, []) for length in (4, 17))]
     for patches, features in layout.projector.patch_to_query.items():
         side = math.isqrt(patches)
         input_ids, images = _tokens(layout, 4, generator), []
@@ -63,7 +73,7 @@ def synthetic_samples(layout: AriaLayout, seed: int) -> list[Sample]:
     return samples
 
 
-def _tokens(layout: AriaLayout, count: int, generator: torch.Generator) -> list[int]:
+def _tokens(layout: Layout, count: int, generator: torch.Generator) -> list[int]:
     # transformers gives the padding token's embedding no gradient, so no sample holds it.
     special = (layout.image_token_id, layout.text.pad_token_id)
     allowed = [i for i in range(layout.text.vocab_size) if i not in special]
@@ -71,7 +81,7 @@ def _tokens(layout: AriaLayout, count: int, generator: torch.Generator) -> list[
     return [allowed[i] for i in picks]
 
 
-def pack(samples: Sequence[Sample], layout: AriaLayout, padding: int = 0) -> Batch:
+def pack(samples: Sequence[Sample], layout: Layout, padding: int = 0) -> Batch:
     """The samples as one native batch, with `padding` tokens at its end."""
     ids = [torch.tensor(sample.input_ids, dtype=torch.int64) for sample in samples]
     labels = [torch.cat((i[1:], i.new_tensor([IGNORE_INDEX]))) for i in ids]
@@ -97,7 +107,9 @@ def pack(samples: Sequence[Sample], layout: AriaLayout, padding: int = 0) -> Bat
     )
 
 
-def _pack_images(samples: Sequence[Sample], layout: AriaLayout, token_index_Q: Tensor) -> Images:
+def _pack_images(samples: Sequence[Sample], layout: Layout, token_index_Q: Tensor) -> Images:
+    if isinstance(layout, Emu3Layout):
+        return Images(torch.zeros(0, 0), token_index_Q, Segments(()), Segments(()), token_index_Q)
     images = [(sample.side, image) for sample in samples for image in sample.images]
     features = [layout.projector.patch_to_query[side**2] for side, _ in images]
     grid, no_patches = layout.vision.grid, torch.zeros(0, layout.vision.patch_values)
@@ -111,12 +123,12 @@ def _pack_images(samples: Sequence[Sample], layout: AriaLayout, token_index_Q: T
     )
 
 
-def transformers_inputs(sample: Sample, layout: AriaLayout) -> dict[str, Tensor]:
-    """The sample as `AriaForConditionalGeneration` takes it."""
+def transformers_inputs(sample: Sample, layout: Layout) -> dict[str, Tensor]:
+    """The sample as `AriaForConditionalGeneration` or `Emu3ForCausalLM` takes it."""
     input_ids = torch.tensor([sample.input_ids])
     labels = input_ids.masked_fill(input_ids == layout.image_token_id, IGNORE_INDEX)
     inputs = {"input_ids": input_ids, "labels": labels}
-    if sample.images:
+    if sample.images and isinstance(layout, AriaLayout):
         channels, size = layout.vision.num_channels, layout.vision.patch_size
         pixels = torch.zeros(len(sample.images), channels, sample.side * size, sample.side * size)
         mask = torch.zeros(len(sample.images), sample.side * size, sample.side * size, dtype=torch.bool)
@@ -129,7 +141,7 @@ def transformers_inputs(sample: Sample, layout: AriaLayout) -> dict[str, Tensor]
     return inputs
 
 
-def run_transformers(model: Any, samples: Sequence[Sample], layout: AriaLayout) -> tuple[Tensor, Tensor]:
+def run_transformers(model: Any, samples: Sequence[Sample], layout: Layout) -> tuple[Tensor, Tensor]:
     """Mean loss over all targets, its gradients left on the model, and the logits, sample after sample."""
     results = []
     for sample in samples:
@@ -143,7 +155,7 @@ def run_transformers(model: Any, samples: Sequence[Sample], layout: AriaLayout) 
     return loss.detach(), torch.cat(logits)
 
 
-def run_native(model: Aria, samples: Sequence[Sample], layout: AriaLayout) -> tuple[Tensor, Tensor]:
+def run_native(model: Aria | Emu3, samples: Sequence[Sample], layout: Layout) -> tuple[Tensor, Tensor]:
     """The same of the native model, from one packed batch with a padding tail."""
     batch = pack(samples, layout, padding=3)
     output = model(batch, with_logits=True)
@@ -160,7 +172,7 @@ def relative_error(value: Tensor, reference: Tensor, scale_of: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def compare(native: Aria, reference: Any, layout: AriaLayout, seed: int) -> Iterator[Check]:
+def compare(native: Aria | Emu3, reference: Any, layout: Layout, seed: int) -> Iterator[Check]:
     """Loss, logits and every parameter's gradient on synthetic samples; both models in fp32."""
     samples = synthetic_samples(layout, seed)
     loss, logits = run_native(native, samples, layout)
@@ -184,10 +196,14 @@ def compare(native: Aria, reference: Any, layout: AriaLayout, seed: int) -> Iter
 
 def verify(directory: Path, write: Callable[[str], None]) -> bool:
     """Compare on the weights of `directory`, reporting line by line; whether all bounds hold."""
-    native = aria_from_hub(directory)
+    is_emu3 = read_json(directory / CONFIG).get("model_type") in MODEL_TYPES
+    native = emu3_from_hub(directory) if is_emu3 else aria_from_hub(directory)
     layout = native.hub_layout()
     load_from_hub(native, layout, directory)
-    checks = list(compare(native, _transformers_model(directory), layout, seed=0))
+    # Dropout is the one thing that differs, by chance, from run to run.
+    native.eval()
+    kind = "Emu3ForCausalLM" if is_emu3 else "AriaForConditionalGeneration"
+    checks = list(compare(native, _transformers_model(directory, kind), layout, seed=0))
     gradients = sorted(checks[2:], key=lambda check: check.error, reverse=True)
     write(f"{'':44} {'max rel. error':>14} {'bound':>8}")
     for check in [*checks[:2], *gradients[:5]]:
@@ -198,12 +214,12 @@ def verify(directory: Path, write: Callable[[str], None]) -> bool:
     return not failed
 
 
-def _transformers_model(directory: Path) -> Any:
+def _transformers_model(directory: Path, kind: str) -> Any:
     try:
-        from transformers import AriaForConditionalGeneration
+        import transformers
     except ImportError as error:
         raise ConfigError("cantata verify compares with transformers, which is not installed here") from error
-    model, report = AriaForConditionalGeneration.from_pretrained(
+    model, report = getattr(transformers, kind).from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True
     )
     lost = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])

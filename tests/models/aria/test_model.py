@@ -12,6 +12,7 @@ from cantata.core.types import IMAGE, TEXT, VIDEO, Batch, ModelOutput
 from cantata.models.aria import Aria
 from cantata.models.lora import LoRAConfig, apply_lora
 from cantata.models.protocol import LanguageModel
+from cantata.nn.lora import Packing
 from cantata.nn.moe.balance import balance_loss
 from cantata.tools.verify import Sample, pack, synthetic_samples
 from tests.models.aria.mixed import SAMPLES, collator, encoded, mixed_batch, mixed_layout
@@ -37,7 +38,8 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
     """1e-6 of the largest value: sums run in another order."""
     found, expected = found.detach(), expected.detach()
     scale = max(1e-3, float(expected.abs().max()))
-    assert float((found - expected).abs().max()) <= 1e-6 * scale
+    # Kernels sum segments of other lengths in other orders: 3e-7 on an Intel Xeon, 1.3e-6 on an AMD EPYC.
+    assert float((found - expected).abs().max()) <= 2e-6 * scale
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +233,6 @@ def test_flops_count_every_product() -> None:
     weights, attention = 2 * per_layer + 32 * 64, 6 * 2 * 32 * 10.0
     model = Aria(*layout)
     assert model.flops_per_token(10.0) == 6 * weights + attention
-    apply_lora(model, LoRAConfig(2, 4, 0.0, False, False, ["head"], {}, [], None))
+    apply_lora(model, LoRAConfig(2, 4, 0.0, False, False, ["head"], {}, [], None, Packing.none))
     assert model.flops_per_token(10.0) == 4 * weights + attention, "frozen weights get no gradients"
     assert text.num_hidden_layers == 2

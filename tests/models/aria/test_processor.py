@@ -14,7 +14,7 @@ from PIL import Image
 
 from cantata.core.errors import ConfigError
 from cantata.core.locate import asset
-from cantata.core.samples import Chat, DataError, Document, Message, Sample
+from cantata.core.samples import Chat, Codes, DataError, Document, Message, Sample
 from cantata.core.types import IMAGE, TEXT
 from cantata.data.media.images import open_image
 from cantata.models.aria.processor import AriaProcessor
@@ -252,3 +252,8 @@ def test_tokenizer_has_its_ids_and_loads_in_transformers() -> None:
     )
     sample = mini_processor().encode_prompt(Chat((Message("user", ("hi",)),)))
     assert fast(chat).input_ids == sample.input_ids_T.tolist()
+
+
+def test_codes_are_no_pixels() -> None:
+    with pytest.raises(DataError, match="Aria reads pixels"):
+        mini_processor().encode(Document((Codes(np.zeros((1, 2, 2), np.int64)),)), "s:0")

@@ -7,32 +7,13 @@ from torch import Tensor, nn
 from cantata.core.types import RouterStats, TokenGroups
 from cantata.models.aria.config import AriaTextConfig
 from cantata.nn.attention import Attend
-from cantata.nn.matmul import Linear
 from cantata.nn.mlp import SwiGLU
 from cantata.nn.moe.experts import Experts
 from cantata.nn.moe.layer import MoELayer
 from cantata.nn.moe.router import TopKRouter
 from cantata.nn.norm import RMSNorm
-from cantata.nn.rope import RotaryTables, rotate
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions, without biases."""
-
-    def __init__(self, config: AriaTextConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
-        q_size = config.num_attention_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = Linear(q_size, config.hidden_size, bias=False)
-
-    def forward(self, x_TD: Tensor, tables: RotaryTables, attend: Attend) -> Tensor:
-        heads = (len(x_TD), -1, self.head_dim)
-        q, k, v = (proj(x_TD).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(attend(rotate(q, tables), rotate(k, tables), v).flatten(-2))
+from cantata.nn.rope import RotaryTables
+from cantata.nn.self_attention import SelfAttention
 
 
 class DecoderBlock(nn.Module):
@@ -41,7 +22,9 @@ class DecoderBlock(nn.Module):
     def __init__(self, config: AriaTextConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = SelfAttention(
+            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = build_moe_layer(config)
 

@@ -92,6 +92,10 @@ class AriaLayout(NamedTuple):
                 return hub
         raise KeyError(name)
 
+    def hub_key(self, stored: str) -> str | None:
+        """Files hold the hub's keys and no others."""
+        return stored
+
     def transformers_name(self, name: str) -> str:
         """What `AriaForConditionalGeneration` calls a native parameter, once it is loaded."""
         hub = self.to_hub(name)

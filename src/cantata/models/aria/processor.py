@@ -17,12 +17,12 @@ from tokenizers import Tokenizer
 from cantata.core.chat_template import ASSISTANT, ChatTemplate, Piece, weight_of
 from cantata.core.errors import ConfigError
 from cantata.core.locate import asset
-from cantata.core.samples import Chat, DataError, Document, Example, ImagePatches, Part, Sample, Video
+from cantata.core.samples import Chat, Codes, DataError, Document, Example, ImagePatches, Part, Sample, Video
 from cantata.core.suggest import hint
 from cantata.core.types import IMAGE, VIDEO
 from cantata.models.aria import crops
-from cantata.models.aria.draft import Draft
 from cantata.models.aria.vision import patch_position_ids
+from cantata.models.draft import Draft
 
 
 class TokenNames(NamedTuple):
@@ -127,7 +127,7 @@ class AriaProcessor:
         return self._document_end, self._message_end
 
     def encode(self, example: Example, key: str) -> Sample:
-        """A training sample. Raises `DataError` for an unknown role or an image without pixels."""
+        """A training sample. Raises `DataError` for an unknown role, an image without pixels, or codes."""
         draft = Draft()
         if isinstance(example, Document):
             self._add_parts(draft, example.parts, weight=1.0)
@@ -234,8 +234,10 @@ class AriaProcessor:
         draft.add(placeholders, weight=0.0, modality=modality)
         draft.images.extend(images)
 
-    def _media(self, part: Image.Image | Video) -> list[tuple[list[ImagePatches], int]]:
+    def _media(self, part: Image.Image | Video | Codes) -> list[tuple[list[ImagePatches], int]]:
         """The crops of an image, or of each frame the only one, with their modality."""
+        if isinstance(part, Codes):
+            raise DataError("image codes", "Aria reads pixels; give it the images themselves")
         if isinstance(part, Video):
             return [([self._patches(frame)], VIDEO) for frame in part.frames]
         return [(self._images(part), IMAGE)]

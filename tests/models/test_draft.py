@@ -2,7 +2,7 @@ import numpy as np
 
 from cantata.core.samples import ImagePatches
 from cantata.core.types import IMAGE, TEXT
-from cantata.models.aria.draft import Draft
+from cantata.models.draft import Draft
 
 
 def test_pieces_become_one_sample_in_their_order() -> None:
