@@ -17,6 +17,7 @@ from cantata.nn.mlp import SwiGLU
 from cantata.nn.moe import experts as experts_module
 from cantata.nn.moe.experts import Experts
 from cantata.nn.moe.layer import MoELayer
+from cantata.parallel import recompute as recompute_module
 from cantata.parallel.materialize import RandomInit, materialize
 from cantata.parallel.recompute import Recompute, apply_recompute
 from tests.distributed.standin import HIDDEN, StandIn, build_on_meta
@@ -162,3 +163,23 @@ def test_adapters_drop_the_same_inputs_again(
         assert all(again[name] == once[name] for name in large)
     else:
         assert sum(again[name] for name in large) > sum(once[name] for name in large)
+
+
+def test_what_draws_after_a_kept_operator_that_drew_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention with dropout draws on accelerators; here any random operator is kept."""
+    monkeypatch.setattr(recompute_module, "_COSTLY", frozenset({"aten::rand_like"}))
+
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * torch.rand_like(x)
+            return torch.nn.functional.dropout(x.exp(), 0.5)
+
+    gradients = []
+    for mode in (Recompute.none, Recompute.selective):
+        block = Noisy()
+        apply_recompute(block, mode)
+        torch.manual_seed(0)
+        x = torch.linspace(0, 1, 50).requires_grad_()
+        block(x).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from cantata.core.errors import ConfigError
 from cantata.train.best import Best, BestConfig, Mode
 from cantata.train.expert_counts import ExpertInterval
-from cantata.train.listeners import ExpertBias, Saving, Telemetry
+from cantata.train.listeners import Codebook, ExpertBias, Saving, Telemetry
 from cantata.train.loop import Progress
 from cantata.train.window import Window
 from tests.models.aria.small import small_aria, small_layout
@@ -65,6 +66,17 @@ def test_what_another_listener_adds_forces_a_line() -> None:
     listener.after_step(result(3))
     assert [(record["step"], record["eval/loss"]) for record in sink] == [(2, 0.25)]
     assert sink[0]["step_seconds"] == 3.0, "the line speaks for both steps since the last"
+
+
+def test_a_codebook_learns_from_its_own_sums_of_each_step() -> None:
+    given: list[Mapping[str, torch.Tensor]] = []
+    quantizer: Any = SimpleNamespace(update=given.append)
+    sums = {"loss_sum": torch.ones(()), "usage": torch.ones(3), "statistics/ema/rows_K": torch.arange(3)}
+    listener = Codebook(quantizer)
+    listener.after_step(replace(result(1), sums=sums))
+    listener.after_step(replace(result(2), sums={"loss_sum": torch.ones(())}))
+    assert [list(statistics) for statistics in given] == [["ema/rows_K"], []]
+    assert torch.equal(given[0]["ema/rows_K"], torch.arange(3))
 
 
 def test_biases_move_against_the_load() -> None:

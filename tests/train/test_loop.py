@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from cantata.core.errors import RunError
 from cantata.core.types import IGNORE_INDEX, TEXT, Batch, Images, RowInfo, Segments, StepTotals
 from cantata.parallel.recompute import Recompute
-from cantata.train.config import TrainConfig
+from cantata.train.config import LanguageTrainConfig
 from cantata.train.engine import Loss
 from cantata.train.loop import Progress, StepResult, fit
 
-CONFIG = TrainConfig(
+CONFIG = LanguageTrainConfig(
     max_steps=3,
     micro_batch_size=1,
     gradient_accumulation_steps=2,
@@ -98,7 +98,7 @@ class Recorder:
 
 
 def run(
-    engine: FakeEngine, config: TrainConfig = CONFIG, start: Progress | None = None, **settings: Any
+    engine: FakeEngine, config: LanguageTrainConfig = CONFIG, start: Progress | None = None, **settings: Any
 ) -> Any:
     recorder = Recorder()
     stop = settings.pop("stop", SimpleNamespace(received=False, enough=False))

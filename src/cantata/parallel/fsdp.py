@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -47,6 +47,7 @@ def apply_sharding(model: nn.Module, units: Sequence[Unit], mesh: RankMesh, shar
     bf16 gradients on NCCL (pytorch/pytorch#190745).
     """
     options = _options(mesh.device_type, sharding)
+    in_fp32 = _options(mesh.device_type, replace(sharding, compute_dtype=torch.float32))
     owners = Counter(id(parameter) for unit in units for parameter in unit.module.parameters())
     groups: list[list[FSDPModule]] = []
     for unit in units:
@@ -56,7 +57,7 @@ def apply_sharding(model: nn.Module, units: Sequence[Unit], mesh: RankMesh, shar
         for experts in inner:
             assert mesh.experts is not None
             _shard(experts, _fewest(mesh.experts, "efsdp"), options)
-        _shard(unit.module, _fewest(mesh.dense, "dp_shard"), options)
+        _shard(unit.module, _fewest(mesh.dense, "dp_shard"), in_fp32 if unit.in_fp32 else options)
         groups.append([module for module in (unit.module, *inner) if isinstance(module, FSDPModule)])
     _shard(model, _fewest(mesh.dense, "dp_shard"), options)
     if mesh.experts is not None:

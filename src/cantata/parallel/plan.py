@@ -30,6 +30,13 @@ class Divisible(Protocol):
         ...
 
 
+def fp32_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that stay fp32 while they compute, whatever the engine's precision."""
+    assert isinstance(model, Divisible)
+    exact = {id(p) for unit in model.units() if unit.in_fp32 for p in unit.module.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in exact}
+
+
 def apply_plan(
     model: nn.Module,
     *,

@@ -76,7 +76,7 @@ def _contexts(kept: frozenset[str]) -> tuple[_Keep, _Recall]:
 
 
 Results = defaultdict[Any, deque[Any]]
-"""What each kept operator returned, call by call."""
+"""What each kept operator returned, call by call, and the random state after one that drew numbers."""
 
 
 class _Keep(TorchDispatchMode):
@@ -92,7 +92,7 @@ class _Keep(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if _is_kept(self.kept, func, args):
-            self.results[func].append(tree_map_only(Tensor, _Remembered, result))
+            self.results[func].append((tree_map_only(Tensor, _Remembered, result), _random_state(func, args)))
         return result
 
 
@@ -109,7 +109,11 @@ class _Recall(TorchDispatchMode):
     ) -> Any:
         if not _is_kept(self.kept, func, args):
             return func(*args, **(kwargs or {}))
-        return tree_map_only(_Remembered, _Remembered.recall, self.results[func].popleft())
+        result, random_state = self.results[func].popleft()
+        if random_state is not None:
+            generator, state = random_state
+            generator.set_state(state)
+        return tree_map_only(_Remembered, _Remembered.recall, result)
 
 
 class _Remembered:
@@ -125,6 +129,18 @@ class _Remembered:
         if self.value._version != self.version:
             raise RuntimeError("a result that recomputation keeps was changed in place")
         return self.value
+
+
+def _random_state(operator: Any, args: Sequence[Any]) -> tuple[torch.Generator, Tensor] | None:
+    """The generator after an operator that drew from it: what comes behind must draw the same again."""
+    tags = getattr(operator, "tags", ())
+    if torch.Tag.nondeterministic_seeded not in tags:
+        return None
+    device = next(value.device for value in args if isinstance(value, Tensor))
+    generator = (
+        torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    )
+    return generator, generator.get_state()
 
 
 def _is_kept(kept: frozenset[str], operator: Any, args: Sequence[Any]) -> bool:

@@ -15,7 +15,7 @@ from cantata.data.drops import sum_drops
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
 from cantata.models.lora import matched
-from cantata.models.protocol import LanguageModel
+from cantata.models.protocol import Trainable
 from cantata.parallel.expert import check_ranks
 from cantata.parallel.mesh import MeshSizes, validate
 from cantata.train import humane
@@ -26,7 +26,7 @@ from cantata.train.listeners import Telemetry
 from cantata.train.memory import MemoryEstimate, estimate_memory, layout_of
 from cantata.train.optim import optimizer_defaults, parameter_groups
 from cantata.train.progress import Summary
-from cantata.train.stage import LanguageStage, LoRAStage
+from cantata.train.stage import LanguageStage, LoRAStage, Stage
 from cantata.train.startup import Experts, GroupRow, SourceRow, StartupReport
 from cantata.train.traffic import Traffic, traffic
 
@@ -40,17 +40,18 @@ class Needs(NamedTuple):
     traffic: Traffic | None
 
 
-def needs(stage: LanguageStage, model: nn.Module, loader: Loader) -> Needs:
+def needs(stage: Stage, model: nn.Module, loader: Loader) -> Needs:
     """Asked for before an engine takes the model apart."""
-    assert isinstance(model, LanguageModel)
+    assert isinstance(model, Trainable)
     mesh = validate(stage.mesh, dist.world_size())
     # Rank 0 alone estimates, and would find it alone.
     for layer in model.moe_layers():
         check_ranks(layer.router.num_experts, mesh.ep)
-    return Needs(experts(model), memory(stage, model, loader, mesh), exchanged(stage, model, mesh))
+    sent = exchanged(stage, model, mesh) if isinstance(stage, LanguageStage) else None
+    return Needs(experts(model), memory(stage, model, loader, mesh), sent)
 
 
-def experts(model: LanguageModel) -> Experts | None:
+def experts(model: Trainable) -> Experts | None:
     """What the model holds and what one token uses; call it before an engine partitions the parameters."""
     layers = model.moe_layers()
     if not layers:
@@ -61,7 +62,7 @@ def experts(model: LanguageModel) -> Experts | None:
     return Experts(len(layers), num_experts, top_k, total, total - routed + routed * top_k // num_experts)
 
 
-def exchanged(stage: LanguageStage, model: LanguageModel, mesh: MeshSizes) -> Traffic | None:
+def exchanged(stage: LanguageStage, model: Trainable, mesh: MeshSizes) -> Traffic | None:
     """What a rank sends to the experts of others; None where it holds all of them."""
     train = stage.train
     return traffic(
@@ -74,9 +75,7 @@ def exchanged(stage: LanguageStage, model: LanguageModel, mesh: MeshSizes) -> Tr
     )
 
 
-def memory(
-    stage: LanguageStage, model: LanguageModel, loader: Loader, mesh: MeshSizes
-) -> MemoryEstimate | None:
+def memory(stage: Stage, model: Trainable, loader: Loader, mesh: MeshSizes) -> MemoryEstimate | None:
     """What a rank will need; called before an engine takes the model, and answered by rank 0 alone.
 
     It is found on a batch like those to come, run through the model without data.
@@ -96,9 +95,9 @@ def memory(
 
 
 def report(
-    stage: LanguageStage,
+    stage: Stage,
     kind: str,
-    model: LanguageModel,
+    model: Trainable,
     engine: Engine,
     needs: Needs,
     loader: Loader,
@@ -107,10 +106,8 @@ def report(
     notes: Sequence[str],
 ) -> StartupReport:
     """What this run is about to do."""
-    train = stage.train
-    tokens = (
-        train.micro_batch_size * train.sequence_length * train.gradient_accumulation_steps * dist.world_size()
-    )
+    train, length = stage.train, sample_tokens(stage, loader)
+    tokens = train.micro_batch_size * length * train.gradient_accumulation_steps * dist.world_size()
     return StartupReport(
         stage=kind,
         name=stage.name,
@@ -129,16 +126,26 @@ def report(
         held_out=[SourceRow(f"{name} (held out)", size, None) for name, size in held_out.sizes().items()],
         max_steps=train.max_steps,
         micro_batch_size=train.micro_batch_size,
-        sequence_length=train.sequence_length,
+        row="rows" if isinstance(stage, LanguageStage) else "images",
+        token="tokens" if isinstance(stage, LanguageStage) else "codes",
+        sequence_length=length,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         memory=needs.memory,
         traffic=needs.traffic,
-        flops_per_step=tokens * model.flops_per_token(train.sequence_length),
+        flops_per_step=tokens * model.flops_per_token(length),
         notes=[*adapters(stage, model), *notes],
     )
 
 
-def adapters(stage: LanguageStage, model: LanguageModel) -> list[str]:
+def sample_tokens(stage: Stage, loader: Loader) -> int:
+    """Tokens of a packed row; of image tokenizers the codes of one of the next images."""
+    if isinstance(stage, LanguageStage):
+        return stage.train.sequence_length
+    codes: int = loader.peek().codes_per_image
+    return codes
+
+
+def adapters(stage: Stage, model: Trainable) -> list[str]:
     """What each pattern under `lora.targets` has matched."""
     assert isinstance(model, nn.Module)
     if not isinstance(stage, LoRAStage):
@@ -164,7 +171,7 @@ def dropped(loader: Loader, held_out: HeldOut) -> list[str]:
     return lines
 
 
-def origin(stage: LanguageStage, start_step: int) -> str:
+def origin(stage: Stage, start_step: int) -> str:
     """Where the parameters come from."""
     if start_step:
         return f"resumed from step-{start_step:08d}"
@@ -173,7 +180,7 @@ def origin(stage: LanguageStage, start_step: int) -> str:
 
 
 def summary(
-    stage: LanguageStage,
+    stage: Stage,
     outcome: str,
     step: int,
     seconds: float,

@@ -21,16 +21,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from cantata.core.types import Batch, Images, Segments
-from cantata.models.protocol import LanguageModel
+from cantata.core.types import Batch, Images, ModelOutput, PixelBatch, Segments
+from cantata.models.protocol import LanguageModel, TokenizerOutput, Trainable
 from cantata.nn.moe.balance import balance_loss
 from cantata.parallel.recompute import Recompute, apply_recompute
 from cantata.train.one_rank import Elements, expert_ids
 
 
 def peak_activation_bytes(
-    model: LanguageModel,
-    batch: Batch,
+    model: Trainable,
+    batch: Batch | PixelBatch,
     compute_dtype: torch.dtype,
     recompute: Recompute,
     device: torch.device,
@@ -59,7 +59,8 @@ def peak_activation_bytes(
             _fuse_attention(unit.module)
             if unit.is_block:
                 apply_recompute(unit.module, recompute)
-        batch = _without_values(_few_segments(batch), "cpu" if on_cpu else "meta")
+        few = _few_segments(batch) if isinstance(batch, Batch) else batch
+        batch = _without_values(few, "cpu" if on_cpu else "meta")
         live, experts = _LiveBytes(), expert_ids(stand_in)
 
         def reduce_gradient(parameter: Tensor) -> None:
@@ -102,8 +103,15 @@ def synthetic_batch(samples: Segments, patches: Segments, features: Segments, pa
     )
 
 
-def _loss(model: LanguageModel, batch: Batch) -> Tensor:
-    output = model(batch)
+def _loss(model: nn.Module, batch: Batch | PixelBatch) -> Tensor:
+    if isinstance(batch, PixelBatch):
+        # What training alone adds (statistics of the rows) reads values, and is small.
+        model.eval()
+        made: TokenizerOutput = model(batch.pixels_BTCHW.float())
+        # Both are done with when backward begins, as the losses on pixels are in earnest.
+        return made.reconstruction_BTCHW.sum() + made.quantized.loss_sum
+    assert isinstance(model, LanguageModel)
+    output: ModelOutput = model(batch)
     if output.router is None or model.balance is None:
         return output.loss_sum
     # The counts of one rank stand in for those of all: they have no other shape.

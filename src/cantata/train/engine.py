@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from cantata.core.types import Batch, StepTotals
+from cantata.core.types import StepTotals
 from cantata.train.optim import GroupSummary
 
 
@@ -27,7 +28,7 @@ class Loss(NamedTuple):
 class Objective(Protocol):
     """Turns a model and a micro-batch into its share of the step's loss."""
 
-    def __call__(self, model: nn.Module, batch: Batch, totals: StepTotals) -> Loss: ...
+    def __call__(self, model: nn.Module, batch: Any, totals: StepTotals) -> Loss: ...
 
 
 class Engine(Protocol):
@@ -41,7 +42,7 @@ class Engine(Protocol):
     """The engine and its options in one line, for the start-up report."""
 
     def forward_backward(
-        self, batch: Batch, objective: Objective, totals: StepTotals, *, last: bool
+        self, batch: Any, objective: Objective, totals: StepTotals, *, last: bool
     ) -> dict[str, Tensor]:
         """Add this micro-batch's gradients; returns the objective's sums.
 
@@ -70,4 +71,12 @@ class Engine(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the tensors of `state_dict` back."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model computes with the averages that its optimizer keeps.
+
+        Afterwards every bit is as before. Nothing changes where the optimizer keeps none, or before the first
+        step. Neither train nor save inside; a collective.
+        """
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from cantata.core import dist
 from cantata.core.errors import ConfigError, RunError
 from cantata.core.suggest import hint
-from cantata.core.types import MODALITIES, Batch, StepTotals
+from cantata.core.types import MODALITIES, MicroBatch, StepTotals
 from cantata.train.engine import Engine, Objective
 from cantata.train.loop import StepResult
 from cantata.train.metrics import Record, StepSums, evaluation_metrics, loss_metrics
@@ -33,7 +33,18 @@ Probe = Callable[[int, Engine], Shown]
 """Looks at what the model does (captions, answers) after a held-out pass; a collective, given the step."""
 
 
-def evaluate(engine: Engine, objective: Objective, passes: Iterable[tuple[str, Iterable[Batch]]]) -> Record:
+@runtime_checkable
+class Measures(Protocol):
+    """An objective whose sums say more than losses."""
+
+    def measured(self, sums: Mapping[str, Tensor]) -> Record:
+        """What an evaluation adds to the losses; `sums` are reduced over ranks."""
+        ...
+
+
+def evaluate(
+    engine: Engine, objective: Objective, passes: Iterable[tuple[str, Iterable[MicroBatch]]]
+) -> Record:
     """The metrics of one pass over each source: of all of them, by modality and by source.
 
     Every rank must be given the same sources, and of each the same number of batches.
@@ -60,7 +71,8 @@ def evaluate(engine: Engine, objective: Objective, passes: Iterable[tuple[str, I
             "evaluation: every held-out sample was left out (unreadable, or longer than "
             "train.sequence_length); mend data.held_out, or set train.eval_every=0"
         )
-    return evaluation_metrics(totals) | by_source
+    own = objective.measured(totals) if isinstance(objective, Measures) else {}
+    return evaluation_metrics(totals) | own | by_source
 
 
 def source_key(source: str) -> str:

@@ -10,12 +10,14 @@ from cantata.core.errors import ConfigError
 from cantata.data.loader import Loader
 from cantata.nn.moe.balance import BalanceConfig, update_expert_bias
 from cantata.nn.moe.layer import MoELayer
+from cantata.nn.quantize.base import Quantizer
 from cantata.train.best import Best
 from cantata.train.checkpoint import Checkpointer
 from cantata.train.engine import Engine
 from cantata.train.loggers import Sinks
 from cantata.train.loop import Progress, StepResult
 from cantata.train.progress import Console
+from cantata.train.reconstruction import STATISTICS
 from cantata.train.window import Window
 
 
@@ -29,6 +31,22 @@ class ExpertBias:
     def after_step(self, result: StepResult) -> None:
         if self._rate > 0:
             update_expert_bias(self._layers, result.sums["tokens_per_expert_LME"].sum(1), self._rate)
+
+
+class Codebook:
+    """Lets an image tokenizer's quantiser learn from the step's statistics, summed over all ranks."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self._quantizer = quantizer
+
+    def after_step(self, result: StepResult) -> None:
+        self._quantizer.update(
+            {
+                name.removeprefix(STATISTICS): value
+                for name, value in result.sums.items()
+                if name.startswith(STATISTICS)
+            }
+        )
 
 
 class Telemetry:

@@ -15,7 +15,7 @@ import torch
 
 from cantata.core import dist
 from cantata.core.errors import RunError
-from cantata.core.types import Batch, StepTotals
+from cantata.core.types import MicroBatch, StepTotals
 from cantata.train.config import TrainConfig
 from cantata.train.engine import Engine, Objective
 from cantata.train.metrics import Record, StepSums
@@ -66,7 +66,7 @@ class Listener(Protocol):
 def fit(
     engine: Engine,
     objective: Objective,
-    batches: Iterator[Batch],
+    batches: Iterator[MicroBatch],
     schedule: Schedule,
     config: TrainConfig,
     listeners: list[Listener],
@@ -105,7 +105,7 @@ def fit(
     return progress
 
 
-def count(micro_batches: list[Batch], step: int) -> StepTotals:
+def count(micro_batches: list[MicroBatch], step: int) -> StepTotals:
     """Tokens and target tokens of the step over all ranks.
 
     Raises `RunError` where the whole step holds no target: its loss would be 0 / 0.
@@ -123,7 +123,7 @@ def count(micro_batches: list[Batch], step: int) -> StepTotals:
     return totals
 
 
-def check_finite(loss_sum: float, grad_norm: float, micro_batches: list[Batch], step: int) -> None:
+def check_finite(loss_sum: float, grad_norm: float, micro_batches: list[MicroBatch], step: int) -> None:
     """Raise `RunError` before the parameters change; both numbers are the same on every rank."""
     if math.isfinite(loss_sum) and math.isfinite(grad_norm):
         return
@@ -133,6 +133,6 @@ def check_finite(loss_sum: float, grad_norm: float, micro_batches: list[Batch], 
     )
 
 
-def describe(micro_batches: list[Batch]) -> str:
+def describe(micro_batches: list[MicroBatch]) -> str:
     """The samples of every rank's micro-batches."""
     return "; ".join(dist.gather_strings("; ".join(batch.describe() for batch in micro_batches)))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from cantata.models.protocol import LanguageModel
+from cantata.models.protocol import Trainable
 from cantata.nn.moe.exchange import ExchangeDispatcher, Sent, Splits
 from cantata.parallel.expert import check_ranks
 
@@ -33,12 +33,12 @@ class Elements(NamedTuple):
         return Elements(*counts)
 
 
-def expert_ids(model: LanguageModel) -> set[int]:
+def expert_ids(model: Trainable) -> set[int]:
     """The ids of the parameters that belong to experts."""
     return {id(parameter) for layer in model.moe_layers() for parameter in layer.experts.parameters()}
 
 
-def on_one_rank(model: LanguageModel, ep: int) -> LanguageModel:
+def on_one_rank(model: Trainable, ep: int) -> Trainable:
     """A copy that holds the experts of one rank of `ep` and routes to it as many rows as leave it.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from cantata.core.build import build
 from cantata.core.errors import ConfigError
-from cantata.core.types import Batch, Segments
+from cantata.core.types import Batch, PixelBatch, Segments
 from cantata.models.lora import base_names
-from cantata.models.protocol import LanguageModel
+from cantata.models.protocol import ImageTokenizer, LanguageModel, Trainable
 from cantata.parallel.fake_world import fake_world
 from cantata.parallel.materialize import Index
 from cantata.parallel.mesh import MeshSizes, RankMesh, build_mesh, validate
@@ -31,8 +32,9 @@ from cantata.train.optim import (
     parameter_groups,
 )
 from cantata.train.options import Offload
-from cantata.train.stage import LanguageStage, build_model
+from cantata.train.stage import LanguageStage, Stage, build_model
 from cantata.train.startup import Experts
+from cantata.train.tokenizer_stage import TokenizerStage
 from cantata.train.traffic import Traffic
 
 META = torch.device("meta")
@@ -72,7 +74,7 @@ class Plan:
         return None if self.limit_gib is None else self.memory.total <= self.limit_gib * GIB
 
 
-def make_plan(stage: LanguageStage) -> Plan:
+def make_plan(stage: Stage) -> Plan:
     """The plan of a stage on `cluster.gpus` ranks; neither data nor weights are read.
 
     Raises:
@@ -83,38 +85,47 @@ def make_plan(stage: LanguageStage) -> Plan:
     layout = layout_of(stage.engine, mesh)
     held = held_by_rank_0(stage, layout)
     model = build_model(stage)
-    assert isinstance(model, LanguageModel)
+    assert isinstance(model, Trainable)
     groups = parameter_groups(model, stage.parameters, *optimizer_defaults(build(stage.optimizer)))
-    batch = likely_batch(stage, model)
     train = stage.train
+    batch: Batch | PixelBatch
+    if isinstance(stage, TokenizerStage):
+        batch = likely_images(stage, model)
+        length, images, patches = batch.codes_per_image, train.micro_batch_size, 0
+    else:
+        assert isinstance(stage, LanguageStage)
+        assert isinstance(model, LanguageModel)
+        batch = likely_batch(stage, model)
+        length, of_images = stage.train.sequence_length, batch.images.patches
+        images, patches = len(of_images.lengths), of_images.total
     memory = estimate_memory(model, layout, batch, train.recompute, META, train.gradient_accumulation_steps)
-    tokens = train.micro_batch_size * train.sequence_length
+    tokens = train.micro_batch_size * length
     tokens_per_step = tokens * train.gradient_accumulation_steps * ranks
     return Plan(
         ranks=ranks,
         mesh=mesh,
         groups=describe_groups(groups, model),
         experts=describe.experts(model),
-        images=len(batch.images.patches.lengths),
-        patches=batch.images.patches.total,
+        images=images,
+        patches=patches,
         tokens_per_micro_batch=tokens,
         tokens_per_step=tokens_per_step,
         memory=memory if held is None else replace(memory, **held),
         limit_gib=stage.cluster.memory_gib,
-        traffic=describe.exchanged(stage, model, mesh),
-        flops_per_step=tokens_per_step * model.flops_per_token(train.sequence_length),
+        traffic=describe.exchanged(stage, model, mesh) if isinstance(stage, LanguageStage) else None,
+        flops_per_step=tokens_per_step * model.flops_per_token(length),
         notes=_notes(stage),
     )
 
 
-def _notes(stage: LanguageStage) -> list[str]:
+def _notes(stage: Stage) -> list[str]:
     ranks, streams = stage.cluster.gpus, stage.data.streams
     if streams % ranks == 0:
         return []
     return [f"data.streams={streams} must become a multiple of {ranks} before this can run"]
 
 
-def held_by_rank_0(stage: LanguageStage, layout: Layout) -> dict[str, int] | None:
+def held_by_rank_0(stage: Stage, layout: Layout) -> dict[str, int] | None:
     """Bytes of parameters, gradients and optimizer that rank 0 holds on its device.
 
     Under FSDP2 the engine itself is built, in a fake world and on the meta device, and its shards are
@@ -158,7 +169,7 @@ def _local_bytes(tensor: Tensor) -> int:
     return local.numel() * local.element_size()
 
 
-def _without_values(stage: LanguageStage, mesh: RankMesh) -> Engine:
+def _without_values(stage: Stage, mesh: RankMesh) -> Engine:
     """The engine as training builds it, on the meta device: nothing is allocated and nothing read."""
     offload = stage.engine["offload"]
     # Offloaded shards would be allocated in host memory; their sizes are the same anywhere.
@@ -191,6 +202,19 @@ class _NoValues:
         return torch.empty([part.stop - part.start for part in index], device=META)
 
 
+def likely_images(stage: TokenizerStage, model: Trainable) -> PixelBatch:
+    """A micro-batch of the largest size; clips where the collator takes them."""
+    assert isinstance(model, ImageTokenizer)
+    count, frames = stage.train.micro_batch_size, stage.collator["frames"]
+    height, width = max(stage.collator["sizes"], key=math.prod)
+    return PixelBatch(
+        torch.empty((count, frames, CHANNELS, height, width), dtype=torch.uint8, device=META),
+        is_real_B=torch.ones(count, dtype=torch.bool),
+        keys=("image",) * count,
+        codes_per_image=math.prod(model.grid(frames, height, width)),
+    )
+
+
 def likely_batch(stage: LanguageStage, model: LanguageModel) -> Batch:
     """Full rows of one sample each; where images are trained on, their features take half of a row.
 
@@ -199,12 +223,14 @@ def likely_batch(stage: LanguageStage, model: LanguageModel) -> Batch:
     """
     rows, length = stage.train.micro_batch_size, stage.train.sequence_length
     processor = stage.collator["processor"]
+    path = [name for name, _ in model.named_parameters() if name.startswith(IMAGE_PATH)]
+    if not path:
+        return synthetic_batch(Segments((length,) * rows), Segments(()), Segments(()), 0)
     unknown = IMAGE_KEYS - processor.keys()
     if unknown:
         raise ConfigError(f"collator.processor.{min(unknown)} is not there, and cantata plan needs it")
     features = processor["features_per_image"]
     patches = (processor["image_size"] // processor["patch_size"]) ** 2
-    path = [name for name, _ in model.named_parameters() if name.startswith(IMAGE_PATH)]
     deciding = [deciding_pattern(name, stage.parameters) for name in path]
     sees = any(pattern is None or not stage.parameters[pattern].frozen for pattern in deciding)
     images = rows * max(1, length // (2 * features)) if sees and features <= length else 0

@@ -18,17 +18,18 @@ from cantata.core.logging import logging_to
 from cantata.core.types import MODALITIES
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
-from cantata.models.protocol import LanguageModel
+from cantata.models.protocol import ImageTokenizer, Trainable
 from cantata.train import describe, rng, startup
 from cantata.train.best import Best
 from cantata.train.checkpoint import Checkpointer, fingerprint
+from cantata.train.critic import Critic, WithCritic
 from cantata.train.early_stopping import EarlyStopping
 from cantata.train.engine import Engine, Objective
 from cantata.train.evaluate import Evaluation, Probe, evaluate
 from cantata.train.expert_counts import ExpertInterval
 from cantata.train.expert_load import LoadWarning, PeakRows
 from cantata.train.expert_report import ExpertFolder, ExpertReport
-from cantata.train.listeners import ExpertBias, Kept, Saving, Telemetry
+from cantata.train.listeners import Codebook, ExpertBias, Kept, Saving, Telemetry
 from cantata.train.loggers import Sinks, open_sinks
 from cantata.train.loop import Listener, fit
 from cantata.train.metrics import Record
@@ -36,13 +37,13 @@ from cantata.train.neftune import add_noise
 from cantata.train.optim import optimizer_defaults
 from cantata.train.preempt import StopRequest
 from cantata.train.progress import Console
-from cantata.train.stage import LanguageStage, base_identity, build_engine
+from cantata.train.stage import LanguageStage, Stage, base_identity, build_engine
 from cantata.train.startup import StartupReport
 from cantata.train.window import Device, Window
 
 
 def run_session(
-    stage: LanguageStage,
+    stage: Stage,
     kind: str,
     model: nn.Module,
     objective: Objective,
@@ -50,6 +51,7 @@ def run_session(
     held_out: HeldOut,
     resolved: Mapping[str, Any],
     probe: Probe,
+    critic: Critic | None = None,
 ) -> int:
     """Train from where the run directory stands to the end, or until a signal; returns the exit code.
 
@@ -58,17 +60,21 @@ def run_session(
         model: on the meta device.
         resolved: the whole configuration as plain values, for the loggers that keep it.
         probe: looks at what the model does, after each pass over the held-out samples.
+        critic: learns beside the model, where the objective has one.
 
     Raises:
         ConfigError: an option that the engine lacks, a directory in use, or a checkpoint of another model.
         RunError: the run cannot go on.
     """
-    assert isinstance(model, LanguageModel)
+    assert isinstance(model, Trainable)
     began, stop = time.monotonic(), StopRequest()
     rng.seed_all(stage.seed, dist.rank())
     shape, needs, peaks = fingerprint(model), describe.needs(stage, model, loader), _peaks(stage, model)
-    add_noise(model, stage.train.neftune_alpha)
+    if isinstance(stage, LanguageStage):
+        add_noise(model, stage.train.neftune_alpha)
     engine = build_engine(stage, model)
+    if critic is not None:
+        engine = WithCritic(engine, critic)
     with ExitStack() as closing, contextlib.closing(iter(loader)) as batches:
         checkpointer = Checkpointer(stage.out, stage.checkpoint, shape)
         closing.callback(checkpointer.close)
@@ -92,7 +98,8 @@ def run_session(
         evaluation = _evaluation(stage, engine, objective, held_out, console, probe, start.step)
         telemetry = _telemetry(stage, window, sinks, console)
         experts = _experts(stage, model, interval, peaks, start.step or None, console, closing)
-        listeners: list[Listener] = [*experts, evaluation, early, telemetry, saving]
+        codebook: list[Listener] = [Codebook(model.quantizer)] if isinstance(model, ImageTokenizer) else []
+        listeners: list[Listener] = [*experts, *codebook, evaluation, early, telemetry, saving]
         end = fit(engine, objective, batches, build(stage.schedule), stage.train, listeners, start, stop)
         saving.save(end)
         saving.finish()
@@ -121,7 +128,7 @@ def _outcome(finished: bool, early: str | None) -> tuple[str, int]:
 
 
 def _evaluation(
-    stage: LanguageStage,
+    stage: Stage,
     engine: Engine,
     objective: Objective,
     held_out: HeldOut,
@@ -132,8 +139,9 @@ def _evaluation(
     """The held-out passes; a run from scratch makes its first one now, before the first step."""
 
     def run(step: int) -> Record:
-        record = evaluate(engine, objective, held_out.passes())
-        shown = probe(step, engine)
+        with engine.averaged():
+            record = evaluate(engine, objective, held_out.passes())
+            shown = probe(step, engine)
         console.on_eval(step, record | shown.record)
         for line in shown.lines:
             console.on_note(line)
@@ -146,7 +154,7 @@ def _evaluation(
     return evaluation
 
 
-def _telemetry(stage: LanguageStage, window: Window, sinks: Sinks, console: Console) -> Telemetry:
+def _telemetry(stage: Stage, window: Window, sinks: Sinks, console: Console) -> Telemetry:
     return Telemetry(
         window,
         sinks,
@@ -157,15 +165,17 @@ def _telemetry(stage: LanguageStage, window: Window, sinks: Sinks, console: Cons
     )
 
 
-def _peaks(stage: LanguageStage, model: LanguageModel) -> PeakRows | None:
+def _peaks(stage: Stage, model: Trainable) -> PeakRows | None:
     """Only where ranks share experts does imbalance move memory."""
+    if not isinstance(stage, LanguageStage):
+        return None
     watched = stage.mesh.ep > 1 and stage.train.expert_load_warning is not None
     return PeakRows(model.moe_layers()) if watched else None
 
 
 def _experts(
-    stage: LanguageStage,
-    model: LanguageModel,
+    stage: Stage,
+    model: Trainable,
     interval: ExpertInterval,
     peaks: PeakRows | None,
     resume_step: int | None,
@@ -173,9 +183,10 @@ def _experts(
     closing: ExitStack,
 ) -> list[Listener]:
     """What moves and watches the experts; nothing in a model without them."""
-    layers, train = model.moe_layers(), stage.train
-    if not layers:
+    layers = model.moe_layers()
+    if not layers or not isinstance(stage, LanguageStage):
         return []
+    train = stage.train
     bias = ExpertBias(layers, model.balance)
     router, folder, path = layers[0].router, None, stage.out / "experts"
     # A run that no longer asks for entries must still drop those after its checkpoint.

@@ -1,4 +1,4 @@
-"""The config root that language-model stages share, and the way from it to an engine."""
+"""The config roots of the stages, and the way from them to a model, its data and its engine."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from cantata.core.errors import ConfigError
 from cantata.core.schema import slot
 from cantata.core.suggest import hint
 from cantata.data.assembly import build_held_out, build_loader
-from cantata.data.config import DataConfig
+from cantata.data.config import DataConfig, ImageDataConfig
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
 from cantata.models.adapter_files import AdapterReader
 from cantata.models.hub import HubReader, parameter_shapes
 from cantata.models.lora import LoRAConfig, apply_lora
-from cantata.models.protocol import LanguageModel
+from cantata.models.protocol import ImageTokenizer, LanguageModel
 from cantata.nn.lora import is_factor
-from cantata.parallel.materialize import RandomInit, Source
+from cantata.parallel.materialize import RandomInit, Source, persistent_tensors
 from cantata.parallel.mesh import MeshConfig, build_mesh
 from cantata.train.accuracy import AccuracyConfig
 from cantata.train.adapter import AdapterValues, BaseIdentity
 from cantata.train.checkpoint import CheckpointConfig
 from cantata.train.cluster import ClusterConfig
-from cantata.train.config import TrainConfig
+from cantata.train.config import LanguageTrainConfig, TrainConfig
 from cantata.train.engine import Engine
 from cantata.train.loggers import LoggerConfig
 from cantata.train.optim import ParameterRule
@@ -42,8 +42,8 @@ WEIGHTS_WANTED = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageStage:
-    """Every key of a stage that trains a language model."""
+class Stage:
+    """Every key that all stages have."""
 
     name: str
     """Names the run; part of `out` by default."""
@@ -52,8 +52,7 @@ class LanguageStage:
     seed: int
     """Decides initial values and the order of samples."""
     model: dict[str, Any] = slot()
-    collator: dict[str, Any] = slot()
-    data: DataConfig
+    data: ImageDataConfig
     mesh: MeshConfig
     engine: dict[str, Any] = slot(runtime=ENGINE_RUNTIME)
     optimizer: dict[str, Any] = slot()
@@ -77,6 +76,15 @@ class LanguageStage:
             "train.early_stopping.metric": self.train.early_stopping,
         }
         return {key: goal.metric for key, goal in chosen.items() if goal is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageStage(Stage):
+    """Every key of a stage that trains a language model."""
+
+    collator: dict[str, Any] = slot()
+    data: DataConfig
+    train: LanguageTrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +124,7 @@ def require_weights(stage: LanguageStage) -> None:
         )
 
 
-def build_model(stage: LanguageStage) -> nn.Module:
+def build_model(stage: Stage) -> nn.Module:
     """The model on the meta device, with its adapters: shapes without storage.
 
     Raises `ConfigError` where a pattern of `lora` matches nothing.
@@ -128,7 +136,7 @@ def build_model(stage: LanguageStage) -> nn.Module:
     return model
 
 
-def base_identity(stage: LanguageStage) -> dict[str, BaseIdentity]:
+def base_identity(stage: Stage) -> dict[str, BaseIdentity]:
     """What the checkpoints of an adapter keep of the weights that it adapts."""
     if not isinstance(stage, LoRAStage):
         return {}
@@ -154,7 +162,7 @@ def build_data(stage: LanguageStage, model: nn.Module) -> tuple[Loader, HeldOut]
     return loader, build_held_out(stage.data, collator, **shape)
 
 
-def build_engine(stage: LanguageStage, model: nn.Module) -> Engine:
+def build_engine(stage: Stage, model: nn.Module) -> Engine:
     """The engine that `engine` names, with the model spread over the mesh and given its first values."""
     device = dist.device()
     engine: Engine = build(
@@ -171,7 +179,7 @@ def build_engine(stage: LanguageStage, model: nn.Module) -> Engine:
     return engine
 
 
-def initial_values(stage: LanguageStage, model: nn.Module) -> Source:
+def initial_values(stage: Stage, model: nn.Module) -> Source:
     """Random values from the seed, or the checkpoint that `model.weights` names; of adapters, theirs."""
     if not isinstance(stage, LoRAStage):
         return base_values(stage.model["weights"], stage.seed, model)
@@ -183,9 +191,13 @@ def initial_values(stage: LanguageStage, model: nn.Module) -> Source:
 
 
 def base_values(weights: str | None, seed: int, model: nn.Module) -> Source:
-    """The values of a model's own parameters, adapters left out."""
-    assert isinstance(model, LanguageModel)
+    """The values of a model's own parameters, adapters left out; of an image tokenizer its buffers too."""
     if weights is None:
         return RandomInit(model, seed)
+    if isinstance(model, ImageTokenizer):
+        assert isinstance(model, nn.Module)
+        kept = {name: tensor.shape for name, tensor in persistent_tensors(model)}
+        return HubReader(weights, model.hub_layout(), kept)
+    assert isinstance(model, LanguageModel)
     shapes = {name: shape for name, shape in parameter_shapes(model).items() if not is_factor(name)}
     return HubReader(weights, model.hub_layout(), shapes)

@@ -74,6 +74,7 @@ class StartupReport:
     max_steps: int
     micro_batch_size: int
     sequence_length: int
+    """Tokens of a row; codes of an image."""
     gradient_accumulation_steps: int
     memory: MemoryEstimate | None
     """Per rank."""
@@ -81,6 +82,10 @@ class StartupReport:
     """Of a rank, where experts are spread over ranks."""
     flops_per_step: float | None
     """Forward and backward operations of a full step over all ranks."""
+    row: str = "rows"
+    """What a micro-batch is counted in."""
+    token: str = "tokens"
+    """What a row is counted in."""
     notes: Sequence[str] = ()
     """Whatever else the user should know: dropped samples, where W&B writes."""
 
@@ -168,17 +173,17 @@ def traffic_text(traffic: Traffic) -> str:
 
 def _step(report: StartupReport) -> str:
     factors = [
-        f"{report.micro_batch_size} rows",
-        f"{report.sequence_length} tokens",
+        f"{report.micro_batch_size} {report.row}",
+        f"{report.sequence_length} {report.token}",
         f"{report.gradient_accumulation_steps} micro-batches",
         f"{report.world_size} ranks",
     ]
     shown = " x ".join(factors[:2] + [factor for factor in factors[2:] if not factor.startswith("1 ")])
-    text = f"{report.tokens_per_step:,} tokens ({shown})"
+    text = f"{report.tokens_per_step:,} {report.token} ({shown})"
     if report.flops_per_step is not None:
         text += f", {humane.flops(report.flops_per_step)}"
     total = humane.count(report.tokens_per_step * report.max_steps)
-    return f"{text}; {report.max_steps:,} steps, {total} tokens"
+    return f"{text}; {report.max_steps:,} steps, {total} {report.token}"
 
 
 def experts_text(experts: Experts) -> str:

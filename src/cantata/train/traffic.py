@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from cantata.models.protocol import LanguageModel
+from cantata.models.protocol import Trainable
 from cantata.parallel.recompute import Recompute
 
 
@@ -28,7 +28,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(
-    model: LanguageModel,
+    model: Trainable,
     ep: int,
     tokens: int,
     dtype: torch.dtype,

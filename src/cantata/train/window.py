@@ -14,6 +14,7 @@ from cantata.train.expert_metrics import expert_metrics
 from cantata.train.flops import device_name, model_flops_utilisation, peak_flops
 from cantata.train.memory import peak_memory_gib
 from cantata.train.metrics import Record, loss_metrics
+from cantata.train.reconstruction import STATISTICS, USAGE, tokenizer_metrics
 
 if TYPE_CHECKING:
     from cantata.train.loop import StepResult
@@ -59,6 +60,9 @@ class Window:
     def add(self, result: StepResult) -> None:
         """Take a finished step; its sums are reduced over ranks and on the host."""
         for name, value in result.sums.items():
+            # What the quantiser learns from: large, and used up already.
+            if name.startswith(STATISTICS):
+                continue
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._timed.add(result)
 
@@ -82,6 +86,8 @@ class Window:
         record |= router_metrics(self._sums)
         if "tokens_per_expert_LME" in self._sums:
             record |= expert_metrics(self._sums["tokens_per_expert_LME"])
+        if USAGE in self._sums:
+            record |= tokenizer_metrics(self._sums)
         self._clear()
         return record
 
@@ -118,7 +124,8 @@ class _Timed:
         self.step_seconds += result.step_seconds
         self.data_seconds += result.data_seconds
         self.tokens += result.totals.tokens
-        self.squared_lengths += result.sums["squared_lengths"].item()
+        if "squared_lengths" in result.sums:
+            self.squared_lengths += result.sums["squared_lengths"].item()
 
     @property
     def mean_length(self) -> float:
