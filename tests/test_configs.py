@@ -21,28 +21,45 @@ from cantata.core.config import Composed, compose, load
 from cantata.core.errors import ConfigError
 from cantata.core.locate import configs_dir, recipes_dir
 from cantata.core.target import TARGET, find_target
-from cantata.train.stage import WEIGHTS_WANTED, FineTuneStage, LanguageStage, LoRAStage
+from cantata.train.stage import WEIGHTS_WANTED, FineTuneStage, LanguageStage, LoRAStage, Stage
+from cantata.train.tokenizer_stage import TokenizerStage
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES: dict[str, type[LanguageStage]] = {"pretrain": LanguageStage, "sft": FineTuneStage, "lora": LoRAStage}
+STAGES: dict[str, type[Stage]] = {
+    "pretrain": LanguageStage,
+    "sft": FineTuneStage,
+    "lora": LoRAStage,
+    "vq": TokenizerStage,
+}
 """Primary configs and their schemas."""
-FINE_TUNES = ("emoji_sft", "nlvr_mini", "aria_nlvr2", "aria_refcoco", "aria_nextqa", "aria_code")
+FINE_TUNES = (
+    *("emoji_sft", "nlvr_mini", "aria_nlvr2", "aria_refcoco", "aria_nextqa", "aria_code"),
+    *("emu3_t2i_sft", "emu3_i2t_sft"),
+)
 """Experiments of `sft`; those that end in `_lora` are `lora`'s and all others `pretrain`'s."""
 MADE_UP = "made-up"
 """Stands in for a value that a config leaves to the user."""
 
 
-OF_DOCUMENTS = ("engine/ours", "engine/vllm", "task/figures", "task/question", "task/summary")
-"""Options that no training takes; tests/tools/test_pdf_understanding.py composes them."""
+OF_OTHERS = ("engine/ours", "engine/vllm", "task/figures", "task/question", "task/summary", "data/emoji_all")
+"""Options that no training takes; the tests of their recipes compose them."""
+OF_TOKENIZERS = (
+    *("data=emoji_images", "data=images", "collator=pixels_64", "collator=pixels_256"),
+    *("experiment=emoji_vq", "experiment=emu3_vq", "experiment=llamagen_f16"),
+)
+"""Options of `vq` besides its own groups and the models of its own."""
+OWN_GROUPS = ("quantizer@model.quantizer", "critic", "perceptual")
+"""Groups that only `vq` has."""
 
 
 def options(group: str) -> list[str]:
     found = sorted(file.stem for file in (configs_dir() / group).glob("*.yaml"))
-    return [option for option in found if f"{group}/{option}" not in OF_DOCUMENTS]
+    return [option for option in found if f"{group}/{option}" not in OF_OTHERS]
 
 
 GROUPS = sorted(folder.name for folder in configs_dir().iterdir() if folder.is_dir())
-CHOICES = [f"{group}={option}" for group in GROUPS for option in options(group)]
+PACKAGES = {"quantizer": "quantizer@model.quantizer"}
+CHOICES = [f"{PACKAGES.get(group, group)}={option}" for group in GROUPS for option in options(group)]
 
 
 def made_up(content: Any) -> Any:
@@ -52,7 +69,15 @@ def made_up(content: Any) -> Any:
     return MADE_UP if content == "???" else content
 
 
+def is_of_tokenizers(override: str) -> bool:
+    group, _, option = override.partition("=")
+    own_model = group == "model" and ("vqgan" in option or "vqvae" in option)
+    return own_model or group in OWN_GROUPS or override in OF_TOKENIZERS
+
+
 def stage_of(*overrides: str) -> str:
+    if any(map(is_of_tokenizers, overrides)):
+        return "vq"
     if any(one.startswith("experiment=") and one.endswith("_lora") for one in overrides):
         return "lora"
     return "sft" if {f"experiment={name}" for name in FINE_TUNES} & set(overrides) else "pretrain"
@@ -127,9 +152,10 @@ def test_files_are_short(file: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_command_shows_its_config(stage: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cantata", stage, "--cfg", "job", "experiment=aria_mini"]
+    experiment = "experiment=emoji_vq" if stage == "vq" else "experiment=aria_mini"
+    command = [sys.executable, "-m", "cantata", stage, "--cfg", "job", experiment]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert OmegaConf.create(shown) == compose(stage, ["experiment=aria_mini"]).node
+    assert OmegaConf.create(shown) == compose(stage, [experiment]).node
     assert list(tmp_path.iterdir()) == []
 
 

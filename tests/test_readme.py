@@ -12,9 +12,12 @@ from omegaconf import OmegaConf
 from cantata import cli
 from cantata.core.config import compose, load
 from cantata.core.errors import ConfigError
-from tests.test_configs import STAGES, made_up
+from cantata.tools.tokenize import TokenizeConfig
+from tests.test_configs import STAGES as TRAINED
+from tests.test_configs import made_up
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+STAGES = {**TRAINED, "tokenize": TokenizeConfig}
 LAUNCHERS = ("torchrun", "deepspeed", "accelerate", "python")
 TOOLS_OF_STAGES = ("plan", "inspect")
 WRONG = "train.max_stpes=50"

@@ -58,6 +58,24 @@ TINY_SFT = (
 
 TINY_LORA = ("experiment=emoji_lora", *TINY_SFT[1:])
 
+TINY_VQ = (
+    "experiment=emoji_vq",
+    "model.shape.encoder_channels=8",
+    "model.shape.decoder_channels=8",
+    "model.shape.channel_multipliers=[1,1]",
+    "model.shape.z_channels=8",
+    "collator.sizes=[[16,16]]",
+    "train.micro_batch_size=4",
+    "train.eval_every=0",
+    "train.log_every=1",
+    "data.num_workers=0",
+    "schedule.warmup_steps=1",
+)
+"""A tokenizer of emoji at 16 x 16 pixels, 16 codes each."""
+
+SMALL_EMA = ("model.quantizer.num_codes=32", "model.quantizer.dim=4")
+"""A codebook as small; other quantisers have other options."""
+
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
@@ -72,20 +90,31 @@ def _signals_kept() -> Iterator[None]:
 
 def pretrain(out: Path, *overrides: str) -> int:
     """Exit code of `cantata pretrain` with the tiny model, in this process."""
-    return _run("pretrain", *TINY, f"out={out}", *overrides)
+    return run("pretrain", *TINY, f"out={out}", *overrides)
 
 
 def sft(out: Path, *overrides: str) -> int:
     """Exit code of `cantata sft` with the tiny model on the embedded emoji, in this process."""
-    return _run("sft", *TINY_SFT, f"out={out}", *overrides)
+    return run("sft", *TINY_SFT, f"out={out}", *overrides)
 
 
 def lora(out: Path, *overrides: str) -> int:
     """Exit code of `cantata lora` with the tiny model on the embedded emoji, in this process."""
-    return _run("lora", *TINY_LORA, f"out={out}", *overrides)
+    return run("lora", *TINY_LORA, f"out={out}", *overrides)
 
 
-def _run(*arguments: str) -> int:
+def vq(out: Path, *overrides: str) -> int:
+    """Exit code of `cantata vq` with a tiny tokenizer on the embedded emoji, in this process."""
+    return run("vq", *TINY_VQ, f"out={out}", *overrides)
+
+
+def tokenize(out: Path, tokenizer: Path, *overrides: str) -> int:
+    """Exit code of `cantata tokenize` at the tiny tokenizer's size, in this process."""
+    return run("tokenize", f"tokenizer={tokenizer}", f"out={out}", "collator.sizes=[[16,16]]", *overrides)
+
+
+def run(*arguments: str) -> int:
+    """Exit code of a verb, in this process."""
     argv = sys.argv
     with _signals_kept():
         try:
@@ -98,8 +127,10 @@ def _run(*arguments: str) -> int:
 
 def command(out: Path, *overrides: str, stage: str = "pretrain") -> list[str]:
     """A recipe's command line without its launcher."""
-    tiny = {"pretrain": TINY, "sft": TINY_SFT, "lora": TINY_LORA}[stage]
-    return [str(recipes_dir() / f"{stage}.py"), *tiny, f"out={out}", *overrides]
+    tiny = {"pretrain": TINY, "sft": TINY_SFT, "lora": TINY_LORA, "vq": TINY_VQ}
+    if stage == "tokenize":
+        return [str(recipes_dir() / "tokenize_images.py"), f"out={out}", *overrides]
+    return [str(recipes_dir() / f"{stage}.py"), *tiny[stage], f"out={out}", *overrides]
 
 
 def start(

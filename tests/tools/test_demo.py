@@ -9,12 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from cantata.core.errors import RunError
 from cantata.tools import demo
 from cantata.tools.demo import held_out_losses
 from cantata.tools.demo import show_captions as show
+from cantata.tools.demo_drawing import drawn_names
 from cantata.tools.prompts import read_prompts
 
 LINES: list[dict[str, Any]] = [
@@ -109,7 +111,7 @@ def test_a_run_that_asked_nothing_is_told_what_to_set(tmp_path: Path, lines: lis
         demo.accuracy(write(tmp_path / "metrics.jsonl", lines))
 
 
-@pytest.mark.parametrize("fails", [None, "pretrain.py", "export", "lora.py"])
+@pytest.mark.parametrize("fails", [None, "vq.py", "tokenize", "export", "lora.py"])
 def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failure(
     fails: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,22 +127,33 @@ def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failu
     monkeypatch.setattr(demo.subprocess, "run", run)
     monkeypatch.setattr(demo, "show_captions", lambda console, run: shown.append(run))
     monkeypatch.setattr(demo, "show_answers", lambda console, out, questions, answers: shown.append(answers))
+    monkeypatch.setattr(demo, "picture_of", lambda out, names: Image.new("RGB", (2, 2)))
     assert demo.main(["--out", str(tmp_path), "train.max_steps=20"]) == (75 if fails else 0)
-    given = (f"model.weights={tmp_path / 'pretrain-hf'}", "train.max_steps=20")
+
+    def trained(movement: demo.Movement, *given: str) -> list[str]:
+        folder, stage, experiment, own = movement
+        run = f"out={tmp_path / folder}"
+        return [f"{stage}.py", f"experiment={experiment}", run, *own, *given, "train.max_steps=20"]
+
+    weights = f"model.weights={tmp_path / 'pretrain-hf'}"
+    pretrain, *fine_tunes = demo.TRAINED
+    codes = tmp_path / "codes"
     expected = [
-        ["pretrain.py", "experiment=aria_mini", f"out={tmp_path / 'pretrain'}", "train.max_steps=20"],
+        trained(demo.TOKENIZER),
+        ["-m", "cantata", "tokenize", f"tokenizer={tmp_path / 'vq'}", f"out={codes}"],
+        trained(pretrain),
         ["-m", "cantata", "export", str(tmp_path / "pretrain"), "--to", str(tmp_path / "pretrain-hf")],
-        *(
-            [f"{stage}.py", f"experiment=emoji_{stage}", f"out={tmp_path / stage}", *own, *given]
-            for stage, _, own in demo.TRAINED[1:]
-        ),
+        *(trained(movement, weights) for movement in fine_tunes),
+        trained(demo.ARTIST, f"data.sources.draw.dataset.path={codes}"),
     ]
-    ends = {None: 4, "pretrain.py": 1, "export": 2, "lora.py": 4}[fails]
-    assert commands[:4] == expected[:ends]
+    ends = {None: 7, "vq.py": 1, "tokenize": 2, "export": 4, "lora.py": 6}[fails]
+    assert commands[:7] == expected[:ends]
     if fails:
         assert shown == []
         return
-    assert [words[:3] for words in commands[4:]] == [["-m", "cantata", "generate"]] * 2
+    assert [words[:3] for words in commands[7:]] == [["-m", "cantata", "generate"]] * 3
+    assert commands[9].count("--prompt") == len(drawn_names())
+    assert (tmp_path / "emoji.png").is_file()
     assert shown == [tmp_path / "pretrain", dict.fromkeys(("sft", "lora"), ["Flags"] * demo.QUESTIONS)]
 
 

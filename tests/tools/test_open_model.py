@@ -79,7 +79,7 @@ def test_what_is_neither_is_one_line(run: Path, tmp_path: Path) -> None:
     ):
         open_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ConfigError, match="model_type is 'llama'"):
+    with pytest.raises(ConfigError, match="has model_type='llama'"):
         open_model(tmp_path)
 
 

@@ -19,16 +19,19 @@ from cantata.core.build import build
 from cantata.core.errors import RunError
 from cantata.core.locate import recipes_dir
 from cantata.tools.arguments import Parser
+from cantata.tools.demo_drawing import drawn_names, picture_of
 from cantata.tools.plan import read_stage
 
 PLAN = """\
-A small Aria (vision tower, projector, mixture-of-experts decoder) goes through its life on the data inside \
-this package. Nothing is downloaded; about eight minutes on two CPU cores.
+Small models go through their lives on the data inside this package. Nothing is downloaded; about ten \
+minutes on two CPU cores.
 
-  1. pretrain  from random weights: it learns to name emoji and to write like a play
-  2. sft       it learns to say which group an emoji belongs to
-  3. lora      the pretrained model learns the same by adapters, its experts included
-  4. generate  both answer questions about emoji that neither has seen
+  1. vq        an image tokenizer learns to write an emoji as 64 codes; then all become codes
+  2. pretrain  a small Aria (vision tower, projector, mixture-of-experts decoder) learns to name emoji
+  3. sft       it learns to say which group an emoji belongs to
+  4. lora      the pretrained model learns the same by adapters, its experts included
+  5. pretrain  a small Emu3 learns to draw emoji, code by code, after their names
+  6. generate  the Arias answer questions about emoji that they have not seen, and Emu3 draws
 
 Everything goes into [bold]{out}[/bold]. Stop it when you like: the same command goes on where it stopped."""
 
@@ -36,18 +39,22 @@ QUESTION, QUESTIONS = "Which group?", 8
 
 
 class Movement(NamedTuple):
-    """A training stage of the demo; its run goes into a folder of its name."""
+    """A training stage of the demo."""
 
+    folder: str
+    """Of its run, beside the others."""
     stage: str
     experiment: str
     overrides: tuple[str, ...]
 
 
+TOKENIZER = Movement("vq", "vq", "emoji_vq", ("train.max_steps=240", "train.eval_every=240"))
 TRAINED = (
-    Movement("pretrain", "aria_mini", ()),
-    Movement("sft", "emoji_sft", ("train.max_steps=80", "train.eval_every=80")),
-    Movement("lora", "emoji_lora", ("train.max_steps=60", "train.eval_every=60")),
+    Movement("pretrain", "pretrain", "aria_mini", ("train.max_steps=120", "train.eval_every=120")),
+    Movement("sft", "sft", "emoji_sft", ("train.max_steps=60", "train.eval_every=60")),
+    Movement("lora", "lora", "emoji_lora", ("train.max_steps=40", "train.eval_every=40")),
 )
+ARTIST = Movement("emu3", "pretrain", "emu3_mini", ("train.max_steps=160", "train.eval_every=160"))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,31 +65,35 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     out, console = Path(arguments.out), Console()
     console.print(Panel(PLAN.format(out=escape(str(out))), title="Cantata", width=min(console.width, 88)))
-    weights: tuple[str, ...] = ()
-    for movement in TRAINED:
-        code = train(console, out, movement, (*weights, *arguments.overrides))
+    codes = (f"data.sources.draw.dataset.path={out / 'codes'}",)
+    weights = (f"model.weights={out / 'pretrain-hf'}",)
+    given = {"sft": weights, "lora": weights, "emu3": codes}
+    for movement in (TOKENIZER, *TRAINED, ARTIST):
+        code = train(console, out, movement, (*given.get(movement.folder, ()), *arguments.overrides))
         if code:
             return code
-        weights = (f"model.weights={out / 'pretrain-hf'}",)
     show_captions(console, out / "pretrain")
     file, questions = write_questions(out / "questions")
     answers = {stage: ask(out / stage, file) for stage in ("sft", "lora")}
     show_answers(console, out, questions, answers)
+    show_drawings(console, out)
     return 0
 
 
 def train(console: Console, out: Path, movement: Movement, overrides: Sequence[str]) -> int:
-    """One movement; what was pretrained is exported, for the others to start from."""
-    stage, experiment, own = movement
-    console.rule(f"[bold]{stage}[/bold]", align="left")
-    run, hub = out / stage, out / f"{stage}-hf"
+    """One movement, and what others need of it: the tokenizer's codes, the pretrained model's folder."""
+    folder, stage, experiment, own = movement
+    console.rule(f"[bold]{stage}[/bold] {experiment}", align="left")
+    run = out / folder
     arguments = [f"experiment={experiment}", f"out={run}", *own, *overrides]
     code = subprocess.run(
         [sys.executable, str(recipes_dir() / f"{stage}.py"), *arguments], check=False
     ).returncode
-    if code or stage != "pretrain" or hub.exists():
-        return code
-    return cantata("export", str(run), "--to", str(hub)).returncode
+    if code == 0 and folder == "vq":
+        return cantata("tokenize", f"tokenizer={run}", f"out={out / 'codes'}").returncode
+    if code == 0 and folder == "pretrain" and not (out / "pretrain-hf").exists():
+        return cantata("export", str(run), "--to", str(out / "pretrain-hf")).returncode
+    return code
 
 
 def cantata(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
@@ -128,6 +139,31 @@ def ask(run: Path, questions: Path) -> list[str]:
     if asked.returncode:
         raise RunError(f"cantata generate {run} failed; the reason stands above")
     return [record["text"] for record in map(json.loads, asked.stdout.splitlines())]
+
+
+def show_drawings(console: Console, out: Path) -> None:
+    """Let Emu3 draw emoji by name, half of them never trained on, beside the real ones.
+
+    Raises `RunError` where it does not.
+    """
+    names = drawn_names()
+    target = out / "drawn" / "emoji.png"
+    prompts = [word for name in names for word in ("--prompt", name)]
+    for old in target.parent.glob("emoji-*.png"):
+        old.unlink()
+    drawn = cantata(
+        *("generate", str(out / "emu3"), *prompts, "--tokenizer", str(out / "vq"), "--out", str(target)),
+        *("--temperature", "1", "--top-k", "32", "--batch-size", str(len(names))),
+    )
+    if drawn.returncode:
+        raise RunError(f"cantata generate {out / 'emu3'} failed; the reason stands above")
+    sheet = out / "emoji.png"
+    picture_of(target, names).save(sheet)
+    console.print(
+        f"drawn by name, the real emoji above each: {sheet} ({', '.join(names)}; the last half unseen)",
+        highlight=False,
+        markup=False,
+    )
 
 
 def show_captions(console: Console, run: Path) -> None:

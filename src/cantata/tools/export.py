@@ -70,8 +70,9 @@ def export(
             for name in merged:
                 writer.write(name, merged.read(name))
         else:
-            for name, _ in run.model.named_parameters():
-                writer.write(name, run.read(name).to(dtype))
+            for name in run.names():
+                tensor = run.read(name)
+                writer.write(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
     _report(directory, run.title if merged is None else f"{run.title}, merged", notes, write)
 
 
@@ -94,9 +95,9 @@ def _files(number: int) -> str:
 
 def _check_buffers(run: OpenRun) -> None:
     """Raise where the published model would route otherwise: its layout has no place for a balance bias."""
-    parameters = {name for name, _ in run.model.named_parameters()}
+    written = set(run.names())
     for name, _ in persistent_tensors(run.model):
-        if name not in parameters and run.read(name).any():
+        if name not in written and run.read(name).any():
             raise RunError(
                 f"{run.path}: {name} is not zero, and a published checkpoint has no place for it: without "
                 "it tokens would go to other experts; publish a run that balances by its losses alone "

@@ -19,12 +19,12 @@ from cantata.models.adapter_files import (
     whole,
 )
 from cantata.models.adapter_writer import AdapterWriter
-from cantata.models.aria.model import aria_from_hub
 from cantata.models.hub import CONFIG, INDEX, HubWriter, parameter_shapes, staged
 from cantata.models.lora import LoRAConfig, apply_lora, base_names
 from cantata.models.merge import MergedWeights
-from cantata.models.protocol import HubLayout
+from cantata.models.protocol import HubLayout, LanguageModel
 from cantata.parallel.materialize import Source
+from cantata.tools.families import family_of
 from cantata.tools.runs import OpenRun
 from cantata.train.humane import count, size
 from cantata.train.stage import base_values
@@ -97,7 +97,8 @@ class AdaptedFolder(NamedTuple):
 def open_adapter(adapter: Path, base: Path) -> AdaptedFolder:
     """Raises `ConfigError` where the two do not fit."""
     with torch.device("meta"):
-        model = aria_from_hub(base)
+        model = family_of(base).build(base)
+        assert isinstance(model, LanguageModel)
         layout = model.hub_layout()
         lora = read_lora_config(adapter, layout, model)
         apply_lora(model, lora)

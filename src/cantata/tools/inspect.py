@@ -44,13 +44,19 @@ SPARK, EXCERPT = 16, 320
 
 def read_stage(name: str, overrides: Sequence[str], config_dir: Path | None) -> LanguageStage:
     """The stage's config as training composes it; weights need not be given. Raises `ConfigError`."""
-    if name not in STAGES:
-        raise ConfigError(f"{name} is no stage that can be inspected{hint(name, STAGES)}")
+    stages = {known: schema for known, schema in STAGES.items() if issubclass(schema, LanguageStage)}
+    if name in STAGES.keys() - stages.keys():
+        raise ConfigError(
+            f"cantata inspect shows tokens, and {name} trains on pixels; its run keeps pictures in "
+            "OUT/samples"
+        )
+    if name not in stages:
+        raise ConfigError(f"{name} is no stage that can be inspected{hint(name, stages)}")
     search = [] if config_dir is None else [f"hydra.searchpath=[file://{config_dir.absolute()}]"]
     node, origins = compose(name, [*search, *overrides])
     if UNREAD in map(dotted, missing_keys(OmegaConf.to_container(node))):
         OmegaConf.update(node, UNREAD, STAND_IN)
-    return load(node, STAGES[name], origins)
+    return load(node, stages[name], origins)
 
 
 def figures(kind: str, name: str, found: Inspection) -> dict[str, Any]:

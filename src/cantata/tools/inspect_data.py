@@ -222,10 +222,11 @@ def _read_samples(
                     return
                 tried.add(index)
                 sample = reader.read(name, index)
-                if not isinstance(sample, Drop):
+                if isinstance(sample, Sample):
                     batch = collator.collate([collator.row([sample])], len(sample))
                     tally.shown.append(show(sample.key, batch, collator.processor))
                     break
+                assert isinstance(sample, Drop)
                 if sample.reason != TOO_LONG:
                     tally.drop(sample.reason, index)
     except RunError as error:

@@ -6,24 +6,30 @@ Between `open_model` and `load` a model is on the meta device.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cantata.core.errors import ConfigError
+from cantata.core.target import TARGET
 from cantata.data.collate.packed import PackedCollator
+from cantata.data.tokenized import MANIFEST, read_manifest
 from cantata.models.adapter_files import read_adapter_config
-from cantata.models.aria.hub_reader import read_processor
-from cantata.models.aria.model import Aria, aria_from_hub
-from cantata.models.hub import CONFIG, HubReader, parameter_shapes
+from cantata.models.emu3 import Emu3Processor
+from cantata.models.hub import CONFIG
 from cantata.models.merge import MergedWeights
-from cantata.models.protocol import Decodes
+from cantata.models.protocol import Decodes, LanguageModel
 from cantata.parallel.materialize import Index, Source, materialize, persistent_tensors
 from cantata.tools.export_adapter import merged_run, open_adapter
+from cantata.tools.families import family_of
 from cantata.tools.runs import OpenRun, build_section, find_checkpoint, open_run
 from cantata.train.adapter import AdapterValues
+from cantata.train.stage import base_values
+
+NO_PIXELS = "the model reads images as codes; add --tokenizer DIR, the image tokenizer whose codes it learned"
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class OpenedModel:
     """Why images cannot be read as the model learned them; empty where they can."""
     notes: list[str]
     """What a user should know of the files."""
+    codes: list[dict[str, Any]] = field(default_factory=list)
+    """Of a run that trained on images as codes: what `codes.json` says of them."""
 
 
 class RunWeights:
@@ -118,21 +126,24 @@ def load(opened: OpenedModel, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 
 def _from_hub(path: Path, adapter: Path | None, merge: bool) -> OpenedModel:
+    family = family_of(path)
     with torch.device("meta"):
-        model = aria_from_hub(path)
+        model = family.build(path)
+    assert isinstance(model, LanguageModel)
     layout = model.hub_layout()
-    found = read_processor(path, layout)
+    found = family.read_processor(path, layout)
     model.check_processor(found.processor)
     source: Source
     if adapter is None:
-        source = HubReader(path, layout, parameter_shapes(model))
+        source = base_values(str(path), 0, model)
     elif merge:
         source = Merged(open_adapter(adapter, path).merged(None), {})
     else:
         adapted = open_adapter(adapter, path)
         source = AdapterValues(adapted.model, adapted.base, adapted.adapter, seed=0)
-        assert isinstance(adapted.model, Aria)
         model = adapted.model
+    if not isinstance(model, Decodes):
+        raise ConfigError(f"{path}: {type(model).__name__} does not generate")
     notes = [*found.notes, *_other_base(path, adapter)]
     collator = PackedCollator(found.processor)
     return OpenedModel(model, collator, source, model.max_positions, found.no_images, notes)
@@ -169,4 +180,14 @@ def _from_run(path: Path, merge: bool) -> OpenedModel:
         source = Merged(merged_run(run, run.lora, None, None), {name: run.read(name) for name in held})
     if not isinstance(model, Decodes):
         raise ConfigError(f"{checkpoint}: {type(model).__name__} does not generate")
-    return OpenedModel(model, PackedCollator(run.processor), source, model.max_positions, "", [])
+    collator, codes = PackedCollator(run.processor), manifests(run.config)
+    no_images = NO_PIXELS if isinstance(run.processor, Emu3Processor) else ""
+    return OpenedModel(model, collator, source, model.max_positions, no_images, [], codes)
+
+
+def manifests(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """What made the codes that a run trained on, as far as their folders are still there."""
+    sources = config.get("data", {}).get("sources", {})
+    named = [source.get("dataset", {}) for source in sources.values()]
+    folders = [Path(node["path"]) for node in named if str(node.get(TARGET)).endswith(".TokenizedImages")]
+    return [read_manifest(folder) for folder in dict.fromkeys(folders) if (folder / MANIFEST).is_file()]

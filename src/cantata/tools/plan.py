@@ -24,20 +24,22 @@ from cantata.core.target import TARGET
 from cantata.tools.arguments import Parser
 from cantata.train import humane, startup
 from cantata.train.plan import Plan, make_plan
-from cantata.train.stage import FineTuneStage, LanguageStage, LoRAStage
+from cantata.train.stage import FineTuneStage, LanguageStage, LoRAStage, Stage
 from cantata.train.startup import GroupRow
+from cantata.train.tokenizer_stage import TokenizerStage
 
-STAGES: dict[str, type[LanguageStage]] = {
+STAGES: dict[str, type[Stage]] = {
     "pretrain": LanguageStage,
     "sft": FineTuneStage,
     "lora": LoRAStage,
+    "vq": TokenizerStage,
 }
-UNREAD = ("data.", "collator.", "model.weights")
+UNREAD = ("data.", "collator.", "model.weights", "perceptual.")
 """Where a config may leave values to the user that a plan has no use for."""
 STAND_IN = "not-read-by-plan"
 
 
-def read_stage(name: str, overrides: Sequence[str], config_dir: Path | None) -> LanguageStage:
+def read_stage(name: str, overrides: Sequence[str], config_dir: Path | None) -> Stage:
     """The stage's config as training composes it; raises `ConfigError`."""
     if name not in STAGES:
         raise ConfigError(f"{name} is no stage that can be planned{hint(name, STAGES)}")
@@ -51,7 +53,7 @@ def read_stage(name: str, overrides: Sequence[str], config_dir: Path | None) -> 
     return load(node, STAGES[name], origins)
 
 
-def figures(kind: str, stage: LanguageStage, plan: Plan) -> dict[str, Any]:
+def figures(kind: str, stage: Stage, plan: Plan) -> dict[str, Any]:
     """Everything as plain values: memory and traffic in bytes, of one rank unless the name says otherwise."""
     rows = _group_rows(plan)
     trained, frozen = startup.split_counts(rows)
@@ -95,18 +97,20 @@ def figures(kind: str, stage: LanguageStage, plan: Plan) -> dict[str, Any]:
     }
 
 
-def render(kind: str, stage: LanguageStage, plan: Plan) -> RenderableType:
+def render(kind: str, stage: Stage, plan: Plan) -> RenderableType:
     """The same for people, in the style of the start-up report."""
     axes = {**plan.mesh._asdict(), "efsdp": plan.mesh.efsdp if plan.mesh.ep > 1 else 1}
     options = ", ".join(f"{key} {value}" for key, value in stage.engine.items() if key != TARGET)
     accumulation = stage.train.gradient_accumulation_steps
     batches = f"{accumulation} micro-batch" + ("es" if accumulation > 1 else "")
-    images = f"{plan.images} images, {plan.patches:,} patches" if plan.images else "no images"
+    token = "codes" if isinstance(stage, TokenizerStage) else "tokens"
+    patches = f", {plan.patches:,} patches" if plan.patches else ""
+    images = f"{plan.images} images{patches}" if plan.images else "no images"
     facts = [
         ("devices", startup.ranks_text(plan.ranks, axes)),
         ("engine", f"{stage.engine[TARGET].rpartition('.')[2]}, {options}"),
-        ("step", f"{plan.tokens_per_step:,} tokens, {humane.flops(plan.flops_per_step)} over all ranks"),
-        ("rank", f"{batches} of {plan.tokens_per_micro_batch:,} tokens, {images}"),
+        ("step", f"{plan.tokens_per_step:,} {token}, {humane.flops(plan.flops_per_step)} over all ranks"),
+        ("rank", f"{batches} of {plan.tokens_per_micro_batch:,} {token}, {images}"),
         ("recompute", stage.train.recompute.value),
     ]
     if plan.experts is not None:

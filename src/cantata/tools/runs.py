@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from cantata.core.build import build
 from cantata.core.config import read_config
 from cantata.core.errors import ConfigError
-from cantata.core.samples import Processor
 from cantata.core.schema import convert
 from cantata.models.lora import LoRAConfig, apply_lora
-from cantata.models.protocol import HubLayout, LanguageModel
+from cantata.models.protocol import HubLayout, ImageTokenizer, LanguageModel
 from cantata.parallel.materialize import Source, persistent_tensors
 from cantata.train.adapter import BaseIdentity
 from cantata.train.checkpoint_files import CheckpointFiles, is_complete, read_state
@@ -37,7 +36,8 @@ class OpenRun:
     model: nn.Module
     """With its adapters, where `lora` is not None."""
     layout: HubLayout
-    processor: Processor
+    processor: Any
+    """A `Processor`; None of an image tokenizer."""
     lora: LoRAConfig | None
     stored: StoredTensors
     state: dict[str, Any]
@@ -48,8 +48,15 @@ class OpenRun:
         return f"{self.path} (step {self.state['step']})"
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor that the checkpoint holds, by its native name."""
-        return self.stored.read(_MODEL + name)
+        """A whole tensor of the checkpoint, by its native name: its moving average where one is kept."""
+        average = f"optimizer.{name}.ema"
+        return self.stored.read(average if average in self.stored.shapes else _MODEL + name)
+
+    def names(self) -> list[str]:
+        """The native names of what a published folder holds: parameters, of image tokenizers buffers too."""
+        if isinstance(self.model, ImageTokenizer):
+            return [name for name, _ in persistent_tensors(self.model)]
+        return [name for name, _ in self.model.named_parameters()]
 
     def base(self, folder: Path | None) -> Source:
         """The weights that the adapter adapts: of `folder`, or of where training read them.
@@ -77,9 +84,11 @@ def open_run(checkpoint: Path) -> OpenRun:
     config = read_config(source)
     with torch.device("meta"):
         model: nn.Module = build_section(config, "model", source)
-    if not isinstance(model, LanguageModel):
+    if not isinstance(model, LanguageModel | ImageTokenizer):
         raise ConfigError(f"{source}: {type(model).__name__} cannot be exported")
-    processor = build_section(config, "collator", source).processor
+    processor = None
+    if isinstance(model, LanguageModel):
+        processor = build_section(config, "collator", source).processor
     lora = _read_lora(config, source)
     if lora is not None:
         _require_seed(config, source)
