@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -144,6 +145,41 @@ def test_an_image_that_cannot_be_read_is_left_out_and_counted(
     assert [line for line in again.splitlines() if "left out" in line] == [
         line for line in out.splitlines() if "left out" in line
     ]
+
+
+def test_an_error_in_a_worker_is_one_line_and_leaves_no_process(
+    tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    captioned(tmp_path, 3, broken=(1,))
+    source = own(tmp_path / "list.jsonl", "cantata.data.sources.ImageTextFile")
+    given = (*source, "data.sources.own.on_error=raise", "data.num_workers=1")
+    assert tokenize(tmp_path / "codes", tokenizer, *given) == 1
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: sample own:1: corrupt image")
+    assert line.endswith("mend it, or set data.sources.own.on_error=skip")
+    # A worker ignores signals: this process would wait for it at its end.
+    assert not multiprocessing.active_children()
+
+
+def test_too_many_left_out_are_counted_over_shards(
+    tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    captioned(tmp_path, 120, broken=range(0, 120, 10))
+    source = own(tmp_path / "list.jsonl", "cantata.data.sources.ImageTextFile")
+    given = (*source, "data.sources.own.max_skipped=0.05", "shard_size=50")
+    assert tokenize(tmp_path / "codes", tokenizer, *given) == 1
+    assert "10 of 100 samples of data.sources.own (10.0%) were left out" in capfd.readouterr().err
+    # What was judged is not there, so that mended data is read.
+    assert [path.name for path in shards(tmp_path / "codes", "own")] == ["00000.parquet"]
+
+
+def test_a_file_that_is_no_shard_is_one_line(
+    codes: Path, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(codes, tmp_path / "codes")
+    shards(tmp_path / "codes")[1].write_bytes(b"cut")
+    assert tokenize(tmp_path / "codes", tokenizer, *FEW) == 2
+    assert "00001.parquet is no shard of codes; remove it" in capfd.readouterr().err
 
 
 def test_several_images_of_a_chat_keep_their_places(tokenizer: Path, tmp_path: Path) -> None:

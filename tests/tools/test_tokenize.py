@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cantata.core.errors import ConfigError
 from cantata.core.samples import Chat, Codes, Document, Message
+from cantata.data.collate.pixels import visual_parts
 from cantata.data.tokenized import from_record
 from cantata.tools import tokenize
 from cantata.tools.tokenize import Tokenizing, Visual
@@ -65,6 +66,20 @@ def test_codes_come_back_to_their_examples_whatever_goes_together() -> None:
     assert codes(seven.parts[2]) == [1, 4, 2, 71]
     assert isinstance(nine, Document)
     assert codes(nine.parts[0]) == [2, 2, 2, 90]
+
+
+def test_images_do_not_wait_beside_their_pixels() -> None:
+    collator: Any = SimpleNamespace(pixels=lambda part: pixels(3))
+    chat = Chat((Message("user", (PLACE, "?"), 0.5),))
+    for example in (Document((PLACE, "text")), chat):
+        visual = tokenize._visual(example, collator)
+        assert PLACE not in visual_parts(visual.example)
+        tokenizing = Tokenizing(cast(Any, Brightest()), 1)
+        tokenizing.add(0, visual)
+        [record] = tokenizing.records()
+        made = from_record(record)
+        assert codes(visual_parts(made)[0]) == [1, 2, 2, 3]
+        assert "text" in str(made) or made.messages[0].weight == 0.5
 
 
 def test_shards_cover_a_source_once(tmp_path: Path) -> None:

@@ -48,12 +48,12 @@ class Nearest(Quantizer):
 
 
 def filled(model: nn.Module, seed: int = 0, perturb: bool = True) -> nn.Module:
-    """Initialised from the seed; `perturb` moves norms and biases off 1 and 0, so that tests see them."""
+    """Initialised from the seed; `perturb` moves what begins at 1 or 0 off it, so that tests see it."""
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             model.init_parameter(name, tensor, generator)  # type: ignore[operator]
-            if perturb and tensor.dim() == 1:
+            if perturb and (tensor.dim() == 1 or (tensor.dim() > 1 and not tensor.any())):
                 tensor += 0.1 * torch.randn(tensor.shape, generator=generator).abs()
     return model
 

@@ -94,10 +94,11 @@ def test_initial_values() -> None:
     model = filled(Autoencoder(SHAPE, Nearest(32, 4)), perturb=False)
     assert torch.equal(model.get_parameter("encoder.head.norm.weight"), torch.ones(16))
     assert not model.get_parameter("decoder.middle.attention.norm.bias").any()
-    weight = model.get_parameter("encoder.stages.1.blocks.0.conv2.weight")
-    bound = (16 * 9) ** -0.5
-    assert 0.95 * bound < float(weight.detach().abs().max()) <= bound
-    assert float(model.get_parameter("encoder.stages.1.blocks.0.conv2.bias").detach().abs().max()) <= bound
+    weight = model.get_parameter("encoder.stages.1.blocks.0.conv1.weight")
+    bound = weight[0].numel() ** -0.5
+    assert 0.9 * bound < float(weight.detach().abs().max()) <= bound
+    assert float(model.get_parameter("encoder.stages.1.blocks.0.conv1.bias").detach().abs().max()) <= bound
+    assert not model.get_parameter("encoder.stages.1.blocks.0.conv2.weight").any()
 
 
 @pytest.mark.parametrize(
