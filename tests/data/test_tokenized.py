@@ -99,3 +99,13 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (path / "a" / "00003.parquet").unlink()
     with pytest.raises(ConfigError, match=r"is unfinished: 00003\.parquet of a"):
         read(path)
+
+
+def test_what_is_no_folder_of_codes(tmp_path: Path) -> None:
+    path = folder(tmp_path, examples())
+    (path / "a" / "00003.parquet").write_bytes(b"cut")
+    with pytest.raises(ConfigError, match=r"00003\.parquet is no shard of codes .*; remove it and run"):
+        read(path)
+    (path / "codes.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"codes\.json names no sources; make it with cantata tokenize"):
+        read(path)

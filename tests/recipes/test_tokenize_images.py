@@ -164,7 +164,7 @@ def test_an_error_in_a_worker_is_one_line_and_leaves_no_process(
 def test_too_many_left_out_are_counted_over_shards(
     tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    captioned(tmp_path, 120, broken=range(0, 120, 10))
+    captioned(tmp_path, 120, broken=tuple(range(0, 120, 10)))
     source = own(tmp_path / "list.jsonl", "cantata.data.sources.ImageTextFile")
     given = (*source, "data.sources.own.max_skipped=0.05", "shard_size=50")
     assert tokenize(tmp_path / "codes", tokenizer, *given) == 1

@@ -167,3 +167,17 @@ def test_a_process_of_its_own(run: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected(run, Prompt("x"), new=3)[0] + "\n"
     assert re.fullmatch(STATS, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (("--guidance", "2"), "--guidance: for drawing images, which --out asks for"),
+        (("--size", "16x16"), "--size: for images as codes, which --tokenizer makes"),
+    ],
+)
+def test_what_only_images_as_codes_use_is_refused_elsewhere(
+    given: tuple[str, str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", "nowhere", "--prompt", "What?", *given]) == 2
+    assert reason in capsys.readouterr().err

@@ -15,6 +15,8 @@ from cantata import cli
 from cantata.core.build import build
 from cantata.core.config import compose, resolved, save_config
 from cantata.core.errors import ConfigError
+from cantata.models.autoencoder import Autoencoder, AutoencoderConfig
+from cantata.nn.quantize import FiniteScalarQuantizer
 from cantata.parallel.materialize import RandomInit, materialize, persistent_tensors
 from cantata.tools.open_tokenizer import OpenedTokenizer, digest, open_tokenizer
 from cantata.train.checkpoint import CheckpointConfig, Checkpointer, fingerprint
@@ -133,3 +135,13 @@ def test_a_folder_may_not_name_other_code(run: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"only cantata\.nn\.quantize"):
         open_tokenizer(tmp_path, CPU)
+
+
+def test_levels_are_a_part_of_the_digest() -> None:
+    shape = AutoencoderConfig(8, 8, (1, 1), 1, 1, (), 8)
+    one, other = (Autoencoder(shape, FiniteScalarQuantizer(levels)) for levels in ([8, 5], [5, 8]))
+    other.load_state_dict(one.state_dict())
+    assert digest(one) != digest(other)
+    again = Autoencoder(shape, FiniteScalarQuantizer([8, 5]))
+    again.load_state_dict(one.state_dict())
+    assert digest(one) == digest(again)

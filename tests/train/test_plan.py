@@ -209,3 +209,15 @@ def test_what_training_refuses_is_refused(overrides: tuple[str, ...], words: str
 def test_streams_that_ranks_cannot_share_are_told_of() -> None:
     plan = make_plan(stage(*TINY, *MINI, "data.streams=6", "cluster.gpus=4"))
     assert plan.notes == ["data.streams=6 must become a multiple of 4 before this can run"]
+
+
+def test_a_tokenizers_plan_says_what_it_leaves_out() -> None:
+    judged = ("critic=patchgan", "perceptual=mobilenet", "train.max_steps=1500")
+    notes = make_plan(read_stage("vq", judged, None)).notes
+    assert notes == [
+        "critic.start_generator=1500, train.max_steps=1500: the model never hears of the critic",
+        "critic and perceptual: no part of the memory above",
+    ]
+    assert not make_plan(read_stage("vq", (), None)).notes
+    heard = make_plan(read_stage("vq", (*judged[:1], "train.max_steps=1501"), None)).notes
+    assert heard == ["critic: no part of the memory above"]

@@ -69,6 +69,7 @@ def test_value_and_gradient_are_those_of_the_loss_written_out(dims: int, frames:
     modality = "image" if frames == 1 else "video"
     assert loss_metrics(sums)[f"loss/{modality}"] == pytest.approx(wanted.item(), rel=1e-6)
     assert sums["targets_M"][IMAGE if frames == 1 else VIDEO] == batch.num_tokens
+    assert sums["squared_lengths"] == 3 * batch.codes_per_image**2
 
 
 def test_shares_of_micro_batches_add_up_to_the_one_batch() -> None:

@@ -107,7 +107,9 @@ class TokenizedImages:
     def __init__(self, path: str, source: str, order: Order, split: Split, held_out_share: float) -> None:
         folder = asset(path)
         self.manifest = read_manifest(folder)
-        sources = self.manifest["sources"]
+        sources = self.manifest.get("sources")
+        if not isinstance(sources, dict):
+            raise ConfigError(f"{folder / MANIFEST} names no sources; make it with cantata tokenize")
         if source not in sources:
             raise ConfigError(f"{path} has no source {source}{hint(source, sources)}")
         self.path = folder
@@ -122,7 +124,12 @@ class TokenizedImages:
             )
         rows, held = [], set(split_indices(described["samples"], split, held_out_share).tolist())
         for number, file in enumerate(self._files):
-            indices = parquet.read_table(file, columns=["index"])["index"].to_pylist()
+            try:
+                indices = parquet.read_table(file, columns=["index"])["index"].to_pylist()
+            except (OSError, arrow.ArrowInvalid) as error:
+                raise ConfigError(
+                    f"{file} is no shard of codes ({error}); remove it and run cantata tokenize again"
+                ) from error
             rows += [(number, row) for row, index in enumerate(indices) if index in held]
         self._rows = np.array(rows, dtype=np.int32).reshape(-1, 2)
         self._handles = PerProcess()
@@ -132,10 +139,13 @@ class TokenizedImages:
 
     def __getitem__(self, index: int) -> Example:
         number, row = (int(value) for value in self._rows[index])
-        tables = self._handles.get(dict)
-        if number not in tables:
-            tables[number] = parquet.read_table(self._files[number], memory_map=True)
-        [record] = tables[number].slice(row, 1).to_pylist()
+        file = self._handle(number)
+        group, start = 0, 0
+        while row >= start + file.metadata.row_group(group).num_rows:
+            start += file.metadata.row_group(group).num_rows
+            group += 1
+        table = file.read_row_group(group, use_threads=False)
+        [record] = table.slice(row - start, 1).to_pylist()
         example = from_record(record)
         if isinstance(example, Chat) or self.order is Order.as_is:
             return example
@@ -145,3 +155,10 @@ class TokenizedImages:
             raise DataError("no text beside the image" if images else "no image", f"order={self.order.value}")
         parts = (*texts, *images) if self.order is Order.text_first else (*images, *texts)
         return replace(example, parts=parts)
+
+    def _handle(self, number: int) -> parquet.ParquetFile:
+        """An open shard: its index alone is kept, as shuffled reading touches all of a large set."""
+        files = self._handles.get(dict)
+        if number not in files:
+            files[number] = parquet.ParquetFile(self._files[number], memory_map=True)
+        return files[number]

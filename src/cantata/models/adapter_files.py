@@ -223,8 +223,7 @@ def read_lora_config(directory: str | Path, layout: HubLayout, model: nn.Module)
     Raises `ConfigError` where the folder cannot be read, or its targets differ in alpha.
     """
     path = Path(directory)
-    settings = read_adapter_config(path)
-    file = _open(path / ADAPTER_WEIGHTS)
+    settings, file = read_adapter_config(path), _open(path / ADAPTER_WEIGHTS)
     shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     everything = LoRAConfig(
         r=1,

@@ -15,6 +15,9 @@ from cantata.tools.coded import Coder
 from cantata.tools.export import DTYPES
 from cantata.tools.open_model import load, open_model
 
+GUIDANCE = 3.0
+"""How much the text counts, unless the command says."""
+
 
 def draw(given: argparse.Namespace, prompts: list[str], config: SamplingConfig) -> int:
     """Draw an image for each prompt and save it; returns 0.
@@ -37,12 +40,13 @@ def draw(given: argparse.Namespace, prompts: list[str], config: SamplingConfig) 
         sys.stderr.write(f"note: {note}\n")
     coder = Coder(given.tokenizer, opened, given.size)
     device = dist.device()
+    guidance = GUIDANCE if given.guidance is None else given.guidance
     model = load(opened, device, DTYPES[given.dtype or ("bf16" if device.type == "cuda" else "fp32")])
     generator = ImageGenerator(
         model, opened.collator, max_positions=opened.max_positions, max_open=given.batch_size
     )
     began = time.perf_counter()
-    grids = generator.generate(prompts, [coder.grid] * len(prompts), given.guidance, config)
+    grids = generator.generate(prompts, [coder.grid] * len(prompts), guidance, config)
     seconds = time.perf_counter() - began
     for file, grid in zip(files, grids, strict=True):
         try:

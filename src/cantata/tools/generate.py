@@ -17,7 +17,7 @@ from cantata.infer.generate import Generated, Generator, check_lengths
 from cantata.infer.sampling import SamplingConfig
 from cantata.tools.arguments import Parser
 from cantata.tools.coded import Coder, reads_pixels
-from cantata.tools.draw import draw
+from cantata.tools.draw import GUIDANCE, draw
 from cantata.tools.export import DTYPES
 from cantata.tools.open_model import OpenedModel, load, open_model
 from cantata.tools.pages import (
@@ -224,8 +224,7 @@ def _parser() -> Parser:
         "--guidance",
         metavar="G",
         type=float,
-        default=3.0,
-        help="how much the text counts in drawing (%(default)s); 1: no guidance, twice as fast",
+        help=f"how much the text counts in drawing ({GUIDANCE}); 1: no guidance, twice as fast",
     )
     run = parser.add_argument_group("how it runs")
     run.add_argument("--adapter", metavar="DIR", type=Path, help="a LoRA adapter, in PEFT's format")

@@ -27,7 +27,7 @@ class OpenedTokenizer(NamedTuple):
 
     model: ImageTokenizer
     digest: str
-    """Of its weights' names, shapes and bytes."""
+    """Of its weights' and tables' names, shapes and bytes."""
 
 
 def open_tokenizer(path: Path, device: torch.device) -> OpenedTokenizer:
@@ -46,7 +46,9 @@ def open_tokenizer(path: Path, device: torch.device) -> OpenedTokenizer:
 def digest(model: nn.Module) -> str:
     """Equal for tokenizers that make the same codes."""
     found = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(persistent_tensors(model)):
+    # Tables that follow from the config are in no checkpoint, and codes follow from them.
+    tensors = dict(persistent_tensors(model)) | dict(model.named_buffers())
+    for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

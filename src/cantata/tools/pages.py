@@ -83,6 +83,8 @@ def refuse_unused(given: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
     for is_used, arguments, what in (
         (has_pages, of_pages, "PDFs, and no prompt has one"),
         (has_media, of_images, "images, videos and PDFs, and no prompt has any"),
+        (given.tokenizer is not None, {"--size": given.size}, "images as codes, which --tokenizer makes"),
+        (given.out is not None, {"--guidance": given.guidance}, "drawing images, which --out asks for"),
     ):
         unused = [name for name, value in arguments.items() if value is not None]
         if unused and not is_used:

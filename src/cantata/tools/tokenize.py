@@ -6,37 +6,36 @@ where it stopped; several processes, started by any launcher, share the shards.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
-import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
 from cantata.core import dist
 from cantata.core.build import build
-from cantata.core.errors import ConfigError, RunError
-from cantata.core.samples import Example
+from cantata.core.errors import CantataError, ConfigError, RunError
 from cantata.core.schema import slot
 from cantata.data.assembly import build_sources
-from cantata.data.collate.pixels import ImageCollator, visual_parts
+from cantata.data.collate.pixels import ImageCollator
 from cantata.data.config import ImageDataConfig
-from cantata.data.handover import leave_signals_to_the_trainer, unchanged
+from cantata.data.handover import Failure, arrived, leave_signals_to_the_trainer, unchanged
 from cantata.data.reading import Drop, Reader
-from cantata.data.tokenized import MANIFEST, SCHEMA, read_manifest, to_record
+from cantata.data.tokenized import MANIFEST, SCHEMA, read_manifest
 from cantata.models.protocol import ImageTokenizer
 from cantata.tools.open_tokenizer import OpenedTokenizer, open_tokenizer
-from cantata.train.reconstruction import normalise
+from cantata.tools.tokenizing import Tokenizing, visual
 
+ROWS_A_GROUP = 16
+"""Examples that are read together, where one is wanted."""
 DROPPED = b"dropped"
 """Key of a shard's metadata: what was left out, by reason."""
 
@@ -64,15 +63,17 @@ class TokenizeConfig:
                 raise ConfigError(f"{key}={getattr(self, key)} must be at least 1")
 
 
-@dataclass(frozen=True)
-class Visual:
-    """An example and the pixels of its images, each at the nearest size."""
+class Tally(NamedTuple):
+    """Of this rank's shards so far, by source."""
 
-    example: Example
-    pixels: list[NDArray[np.uint8]]
+    read: Counter[str]
+    left_out: dict[str, Counter[str]]
+    """By reason."""
 
-    def __len__(self) -> int:
-        return 1
+    def add(self, shard: Shard, left_out: dict[str, int]) -> None:
+        """Count a shard's examples."""
+        self.read[shard.source] += len(shard.indices)
+        self.left_out[shard.source].update(left_out)
 
 
 class Shard(NamedTuple):
@@ -84,7 +85,7 @@ class Shard(NamedTuple):
 
 
 class Examples(Dataset[Any]):
-    """The examples of a shard, for worker processes: (index, `Visual` or `Drop`)."""
+    """The examples of a shard, for worker processes: (index, `Visual`, `Drop` or `Failure`)."""
 
     def __init__(self, reader: Reader, shard: Shard) -> None:
         self._reader = reader
@@ -95,46 +96,11 @@ class Examples(Dataset[Any]):
 
     def __getitem__(self, place: int) -> tuple[int, Any]:
         index = self._shard.indices[place]
-        return index, self._reader.read(self._shard.source, index)
-
-
-class Tokenizing:
-    """Examples in, records with codes out; pixels wait until as many of one size have come as go together."""
-
-    def __init__(self, model: ImageTokenizer, batch_size: int) -> None:
-        self._model = model
-        self._batch_size = batch_size
-        self._waiting: dict[tuple[int, ...], list[tuple[int, int, NDArray[np.uint8]]]] = {}
-        self._examples: dict[int, Example] = {}
-        self._codes: dict[tuple[int, int], NDArray[np.int64]] = {}
-
-    def add(self, index: int, visual: Visual) -> None:
-        """Take in an example."""
-        self._examples[index] = visual.example
-        for place, pixels in enumerate(visual.pixels):
-            waiting = self._waiting.setdefault(pixels.shape, [])
-            waiting.append((index, place, pixels))
-            if len(waiting) == self._batch_size:
-                self._encode(pixels.shape)
-
-    def records(self) -> list[dict[str, Any]]:
-        """Everything that was added, in the order of indices."""
-        for size in list(self._waiting):
-            self._encode(size)
-        return [
-            to_record(
-                index, example, [self._codes[index, place] for place in range(len(visual_parts(example)))]
-            )
-            for index, example in sorted(self._examples.items())
-        ]
-
-    @torch.no_grad()
-    def _encode(self, size: tuple[int, ...]) -> None:
-        waiting = self._waiting.pop(size)
-        pixels = torch.from_numpy(np.stack([pixels for _, _, pixels in waiting])).to(dist.device())
-        codes = self._model.encode(normalise(pixels)).cpu().numpy()
-        for (index, place, _), grid in zip(waiting, codes, strict=True):
-            self._codes[index, place] = grid
+        try:
+            return index, self._reader.read(self._shard.source, index)
+        except CantataError as error:
+            # Raised in a worker it would arrive with the traceback in its text.
+            return index, Failure(str(error), isinstance(error, ConfigError))
 
 
 def tokenize(config: TokenizeConfig) -> int:
@@ -147,16 +113,18 @@ def tokenize(config: TokenizeConfig) -> int:
     opened = open_tokenizer(config.tokenizer, dist.device())
     collator: ImageCollator = build(config.collator, grid=opened.model.grid)
     sources = build_sources(config.data.sources, "data.sources", seed=0)
-    reader = Reader(sources, lambda example, key: _visual(example, collator), 1, "data.sources")
+    reader = Reader(sources, lambda example, key: visual(example, collator), 1, "data.sources")
     sizes = {name: len(source.dataset) for name, source in sources.items()}
     shards = {name: _shards(config, name, size) for name, size in sizes.items()}
     _claim(config.out, _manifest(config, opened, collator, sizes))
-    began, made, dropped = time.monotonic(), 0, Counter[str]()
+    began, made, tally = time.monotonic(), 0, Tally(Counter(), defaultdict(Counter))
     everything = [shard for part in shards.values() for shard in part]
     for shard in everything[dist.rank() :: dist.world_size()]:
-        if not shard.path.is_file():
-            made += _write(shard, opened.model, reader, config)
-        dropped.update(json.loads(parquet.read_schema(shard.path).metadata[DROPPED]))
+        if shard.path.is_file():
+            tally.add(shard, _left_out(shard.path))
+        else:
+            made += _write(shard, opened.model, reader, config, tally)
+    dropped = sum(tally.left_out.values(), Counter[str]())
     [total] = dist.all_reduce_sum([float(made)])
     everywhere = sum(
         (Counter(json.loads(text)) for text in dist.gather_strings(json.dumps(dropped))), Counter()
@@ -173,31 +141,34 @@ def tokenize(config: TokenizeConfig) -> int:
     return 0
 
 
-def _write(shard: Shard, model: ImageTokenizer, reader: Reader, config: TokenizeConfig) -> int:
+def _write(shard: Shard, model: ImageTokenizer, reader: Reader, config: TokenizeConfig, tally: Tally) -> int:
     """Make one shard; returns its examples."""
     tokenizing, dropped = Tokenizing(model, config.batch_size), Counter[str]()
-    for index, item in _read(reader, shard, config.data):
-        if isinstance(item, Drop):
-            dropped[item.reason] += 1
-        else:
-            tokenizing.add(index, item)
-    reader.check_skipped({shard.source: len(shard.indices)}, {shard.source: dict(dropped)})
+    with contextlib.closing(_read(reader, shard, config.data)) as items:
+        for index, item in items:
+            if isinstance(item, Drop):
+                dropped[item.reason] += 1
+            else:
+                tokenizing.add(index, item)
+    tally.add(shard, dropped)
+    reader.check_skipped(tally.read, {name: dict(reasons) for name, reasons in tally.left_out.items()})
     records = tokenizing.records()
     table = arrow.Table.from_pylist(records, schema=SCHEMA)
     table = table.replace_schema_metadata({DROPPED: json.dumps(dropped).encode()})
     beside = shard.path.with_suffix(".incomplete")
     try:
         shard.path.parent.mkdir(parents=True, exist_ok=True)
-        parquet.write_table(table, beside, row_group_size=256, compression="zstd")
+        parquet.write_table(table, beside, row_group_size=ROWS_A_GROUP, compression="zstd")
         beside.replace(shard.path)
     except OSError as error:
         raise RunError(f"{shard.path}: cannot be written ({error.strerror or error})") from error
     return len(records)
 
 
-def _read(reader: Reader, shard: Shard, data: ImageDataConfig) -> Iterator[tuple[int, Any]]:
+def _read(reader: Reader, shard: Shard, data: ImageDataConfig) -> Generator[tuple[int, Any], None, None]:
+    """Close it: workers ignore signals, and a process that has one does not exit."""
     has_workers = data.num_workers > 0
-    return iter(
+    items = iter(
         DataLoader(
             Examples(reader, shard),
             batch_size=None,
@@ -208,10 +179,21 @@ def _read(reader: Reader, shard: Shard, data: ImageDataConfig) -> Iterator[tuple
             worker_init_fn=leave_signals_to_the_trainer,
         )
     )
+    try:
+        for index, item in items:
+            yield index, arrived(item)
+    finally:
+        # A traceback that is kept would keep the workers too.
+        del items
 
 
-def _visual(example: Example, collator: ImageCollator) -> Any:
-    return Visual(example, [collator.pixels(part) for part in visual_parts(example)])
+def _left_out(path: Path) -> dict[str, int]:
+    """What a shard that is there lacks; `ConfigError` where it is none."""
+    try:
+        found: dict[str, int] = json.loads((parquet.read_schema(path).metadata or {})[DROPPED])
+    except (OSError, arrow.ArrowInvalid, KeyError) as error:
+        raise ConfigError(f"{path} is no shard of codes; remove it, and it will be made again") from error
+    return found
 
 
 def _shards(config: TokenizeConfig, source: str, size: int) -> list[Shard]:

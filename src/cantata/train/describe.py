@@ -28,6 +28,7 @@ from cantata.train.optim import optimizer_defaults, parameter_groups
 from cantata.train.progress import Summary
 from cantata.train.stage import LanguageStage, LoRAStage, Stage
 from cantata.train.startup import Experts, GroupRow, SourceRow, StartupReport
+from cantata.train.tokenizer_stage import TokenizerStage
 from cantata.train.traffic import Traffic, traffic
 
 
@@ -133,7 +134,7 @@ def report(
         memory=needs.memory,
         traffic=needs.traffic,
         flops_per_step=tokens * model.flops_per_token(length),
-        notes=[*adapters(stage, model), *notes],
+        notes=[*adapters(stage, model), *unheard(stage), *notes],
     )
 
 
@@ -158,6 +159,16 @@ def adapters(stage: Stage, model: Trainable) -> list[str]:
         for pattern, count, size in lines
     ]
     return [f"LoRA r {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g} ({begun})", *rows]
+
+
+def unheard(stage: Stage) -> list[str]:
+    """Whether the run ends before an image tokenizer hears of its critic."""
+    if not isinstance(stage, TokenizerStage) or stage.critic is None:
+        return []
+    start, end = stage.critic.start_generator, stage.train.max_steps
+    if start < end:
+        return []
+    return [f"critic.start_generator={start}, train.max_steps={end}: the model never hears of the critic"]
 
 
 def dropped(loader: Loader, held_out: HeldOut) -> list[str]:

@@ -120,9 +120,14 @@ def make_plan(stage: Stage) -> Plan:
 
 def _notes(stage: Stage) -> list[str]:
     ranks, streams = stage.cluster.gpus, stage.data.streams
-    if streams % ranks == 0:
-        return []
-    return [f"data.streams={streams} must become a multiple of {ranks} before this can run"]
+    notes = describe.unheard(stage)
+    if isinstance(stage, TokenizerStage):
+        judges = {"critic": stage.critic, "perceptual": stage.perceptual}
+        if uncounted := [key for key, judge in judges.items() if judge is not None]:
+            notes.append(f"{' and '.join(uncounted)}: no part of the memory above")
+    if streams % ranks:
+        notes.append(f"data.streams={streams} must become a multiple of {ranks} before this can run")
+    return notes
 
 
 def held_by_rank_0(stage: Stage, layout: Layout) -> dict[str, int] | None:

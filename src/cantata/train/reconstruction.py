@@ -18,8 +18,7 @@ from cantata.core.types import IMAGE, MODALITIES, VIDEO, PixelBatch, StepTotals
 from cantata.models.protocol import TokenizerOutput
 from cantata.nn.perceptual.base import Perceptual
 from cantata.train.engine import Loss
-from cantata.train.image_metrics import USAGE as USAGE
-from cantata.train.image_metrics import ImageMetrics, code_metrics, real_usage
+from cantata.train.image_metrics import USAGE, ImageMetrics, code_metrics, real_usage
 from cantata.train.metrics import Record
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 PARTS = "parts/"
 """Prefix of the sums of the loss' terms, without their coefficients and on one basis, `target_weight_M`."""
-USAGE = USAGE
-"""Sum that says how often each code was taken."""
 STATISTICS = "statistics/"
 """Prefix of what `Quantizer.update` wants, summed over the step."""
 
@@ -206,6 +203,8 @@ def _sums(
         "loss_sum_M": of_modality(loss_sum),
         "target_weight_M": of_modality(values_B.sum()),
         "targets_M": of_modality(batch.num_targets),
+        # Attention runs over an image's codes: its share of the operations follows this.
+        "squared_lengths": values_B.new_tensor(float(batch.num_tokens * batch.codes_per_image)),
     }
     parts = {f"{PARTS}{name}": (term.detach() * values_B).sum() for name, term in terms.items()}
     return sums | parts

@@ -12,9 +12,10 @@ from torch import Tensor
 from cantata.core.types import MODALITIES
 from cantata.train.expert_metrics import expert_metrics
 from cantata.train.flops import device_name, model_flops_utilisation, peak_flops
+from cantata.train.image_metrics import USAGE
 from cantata.train.memory import peak_memory_gib
 from cantata.train.metrics import Record, loss_metrics
-from cantata.train.reconstruction import STATISTICS, USAGE, tokenizer_metrics
+from cantata.train.reconstruction import STATISTICS, tokenizer_metrics
 
 if TYPE_CHECKING:
     from cantata.train.loop import StepResult
@@ -124,8 +125,7 @@ class _Timed:
         self.step_seconds += result.step_seconds
         self.data_seconds += result.data_seconds
         self.tokens += result.totals.tokens
-        if "squared_lengths" in result.sums:
-            self.squared_lengths += result.sums["squared_lengths"].item()
+        self.squared_lengths += result.sums["squared_lengths"].item()
 
     @property
     def mean_length(self) -> float:
