@@ -71,8 +71,7 @@ def export(
                 writer.write(name, merged.read(name))
         else:
             for name in run.names():
-                tensor = run.read(name)
-                writer.write(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+                writer.write(name, _cast(run.read(name), dtype))
     _report(directory, run.title if merged is None else f"{run.title}, merged", notes, write)
 
 
@@ -87,6 +86,10 @@ def _report(directory: Path, title: str, notes: Sequence[str], write: Callable[[
     write(f"{directory}: {count(elements)} parameters, {total} in {_files(len(files))}, from {title}")
     for note in notes:
         write(note)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _files(number: int) -> str:
