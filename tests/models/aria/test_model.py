@@ -70,8 +70,9 @@ def test_packed_equals_separate(kind: str, reader: Aria) -> None:
         # A key's bias moves all scores of a query alike: its gradient is rounding only.
         wide = name.replace("k_proj.bias", "q_proj.bias")
         scale = sum(grads[wide].abs().max() for _, grads in parts)
-        # Norms and softmaxes take differences of what was rounded already (2.2e-6 on the EPYC).
-        assert float((gradient - separate).abs().max()) <= 3e-6 * scale, name
+        # Norms and softmaxes take differences of what was rounded already, and the patches' bias sums over
+        # all patches of seven crops, of either sign: 1.3e-6 on the Xeon, 3.8e-6 on the EPYC.
+        assert float((gradient - separate).abs().max()) <= 5e-6 * scale, name
 
 
 def test_the_samples_are_of_every_kind() -> None:
