@@ -48,13 +48,15 @@ class Movement(NamedTuple):
     overrides: tuple[str, ...]
 
 
-TOKENIZER = Movement("vq", "vq", "emoji_vq", ("train.max_steps=240", "train.eval_every=240"))
+TOKENIZER = Movement(
+    "vq", "vq", "emoji_vq", ("train.max_steps=180", "train.eval_every=180", "schedule.warmup_steps=30")
+)
 TRAINED = (
-    Movement("pretrain", "pretrain", "aria_mini", ("train.max_steps=120", "train.eval_every=120")),
-    Movement("sft", "sft", "emoji_sft", ("train.max_steps=60", "train.eval_every=60")),
+    Movement("pretrain", "pretrain", "aria_mini", ("train.max_steps=110", "train.eval_every=110")),
+    Movement("sft", "sft", "emoji_sft", ("train.max_steps=50", "train.eval_every=50")),
     Movement("lora", "lora", "emoji_lora", ("train.max_steps=40", "train.eval_every=40")),
 )
-ARTIST = Movement("emu3", "pretrain", "emu3_mini", ("train.max_steps=160", "train.eval_every=160"))
+ARTIST = Movement("emu3", "pretrain", "emu3_mini", ("train.max_steps=100", "train.eval_every=100"))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -27,9 +27,6 @@ def pyramid_units(name: str, pyramid: Encoder | Decoder) -> list[Unit]:
 def fill(model: nn.Module, name: str, tensor: Tensor, generator: torch.Generator) -> None:
     """Fill a parameter with its initial value: norms 1 and 0, others uniform up to 1 / sqrt(fan-in).
 
-    The last convolution of a residual block begins with zeros, so that blocks begin as the identity and a
-    deep stack learns from its first steps (Goyal et al., 2017, arXiv:1706.02677, section 5.1).
-
     The latter is what torch's own convolutions and linear layers start with (He et al., 2015,
     arXiv:1502.01852, with a slope of sqrt 5). Where a latent scales and shifts a norm, both begin near 1 and
     0: their biases are that, their weights uniform.
@@ -39,9 +36,6 @@ def fill(model: nn.Module, name: str, tensor: Tensor, generator: torch.Generator
     with torch.no_grad():
         if "norm" in owner:
             tensor.fill_(1.0 if leaf in ("weight", "running_var") else 0.0)
-            return
-        if owner == "conv2":
-            tensor.zero_()
             return
         if owner in ("scale", "shift") and leaf == "bias":
             tensor.fill_(1.0 if owner == "scale" else 0.0)
