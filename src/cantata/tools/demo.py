@@ -52,7 +52,7 @@ TOKENIZER = Movement(
     "vq", "vq", "emoji_vq", ("train.max_steps=180", "train.eval_every=180", "schedule.warmup_steps=30")
 )
 TRAINED = (
-    Movement("pretrain", "pretrain", "aria_mini", ("train.max_steps=110", "train.eval_every=110")),
+    Movement("pretrain", "pretrain", "aria_mini", ("train.max_steps=95", "train.eval_every=95")),
     Movement("sft", "sft", "emoji_sft", ("train.max_steps=50", "train.eval_every=50")),
     Movement("lora", "lora", "emoji_lora", ("train.max_steps=40", "train.eval_every=40")),
 )

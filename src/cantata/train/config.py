@@ -34,7 +34,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "micro_batch_size", "gradient_accumulation_steps", "log_every"):
-            check_least(self, key, 1)
+            check_positive(self, key)
         if self.eval_every < 0:
             raise ConfigError(f"train.eval_every={self.eval_every} must be 0 (never) or a number of steps")
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
@@ -63,7 +63,7 @@ class LanguageTrainConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, "sequence_length", 1)
+        check_positive(self, "sequence_length")
         if self.expert_every < 0:
             raise ConfigError(
                 f"train.expert_every={self.expert_every} must be 0 (never) or a number of steps"
@@ -77,7 +77,7 @@ class LanguageTrainConfig(TrainConfig):
             raise ConfigError(f"train.neftune_alpha={self.neftune_alpha} must be a number, at least 0")
 
 
-def check_least(config: TrainConfig, key: str, least: int) -> None:
-    """Raise `ConfigError` where a key under `train` is less."""
-    if getattr(config, key) < least:
-        raise ConfigError(f"train.{key}={getattr(config, key)} must be at least {least}")
+def check_positive(config: TrainConfig, key: str) -> None:
+    """Raise `ConfigError` where a key under `train` is below 1."""
+    if getattr(config, key) < 1:
+        raise ConfigError(f"train.{key}={getattr(config, key)} must be at least 1")
