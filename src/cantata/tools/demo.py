@@ -49,14 +49,14 @@ class Movement(NamedTuple):
 
 
 # In so few steps the rate must stay high for as long as it can.
-SHORT = ("train.max_steps=240", "train.eval_every=240", "schedule=wsd", "schedule.decay_steps=60")
+SHORT = ("train.max_steps=200", "train.eval_every=200", "schedule=wsd", "schedule.decay_steps=50")
 TOKENIZER = Movement("vq", "vq", "emoji_vq", SHORT)
 TRAINED = (
-    Movement("pretrain", "pretrain", "aria_mini", ("train.max_steps=95", "train.eval_every=95")),
+    Movement("pretrain", "pretrain", "aria_mini", ("train.max_steps=85", "train.eval_every=85")),
     Movement("sft", "sft", "emoji_sft", ("train.max_steps=50", "train.eval_every=50")),
     Movement("lora", "lora", "emoji_lora", ("train.max_steps=40", "train.eval_every=40")),
 )
-ARTIST = Movement("emu3", "pretrain", "emu3_mini", ("train.max_steps=150", "train.eval_every=150"))
+ARTIST = Movement("emu3", "pretrain", "emu3_mini", ("train.max_steps=100", "train.eval_every=100"))
 
 
 def main(argv: Sequence[str]) -> int:
