@@ -49,14 +49,14 @@ class Movement(NamedTuple):
 
 
 # In so few steps the rate must stay high for as long as it can.
-SHORT = ("train.max_steps=200", "train.eval_every=200", "schedule=wsd", "schedule.decay_steps=50")
+SHORT = ("train.max_steps=170", "train.eval_every=170", "schedule=wsd", "schedule.decay_steps=30")
 TOKENIZER = Movement("vq", "vq", "emoji_vq", SHORT)
 TRAINED = (
     Movement("pretrain", "pretrain", "aria_mini", ("train.max_steps=85", "train.eval_every=85")),
-    Movement("sft", "sft", "emoji_sft", ("train.max_steps=50", "train.eval_every=50")),
+    Movement("sft", "sft", "emoji_sft", ("train.max_steps=45", "train.eval_every=45")),
     Movement("lora", "lora", "emoji_lora", ("train.max_steps=40", "train.eval_every=40")),
 )
-ARTIST = Movement("emu3", "pretrain", "emu3_mini", ("train.max_steps=100", "train.eval_every=100"))
+ARTIST = Movement("emu3", "pretrain", "emu3_mini", ("train.max_steps=80", "train.eval_every=80"))
 
 
 def main(argv: Sequence[str]) -> int:
