@@ -52,11 +52,11 @@ class Movement(NamedTuple):
 SHORT = ("train.max_steps=170", "train.eval_every=170", "schedule=wsd", "schedule.decay_steps=30")
 TOKENIZER = Movement("vq", "vq", "emoji_vq", SHORT)
 TRAINED = (
-    Movement("pretrain", "pretrain", "aria_mini", ("train.max_steps=85", "train.eval_every=85")),
+    Movement("pretrain", "pretrain", "aria_mini", ("train.max_steps=75", "train.eval_every=75")),
     Movement("sft", "sft", "emoji_sft", ("train.max_steps=45", "train.eval_every=45")),
     Movement("lora", "lora", "emoji_lora", ("train.max_steps=40", "train.eval_every=40")),
 )
-ARTIST = Movement("emu3", "pretrain", "emu3_mini", ("train.max_steps=80", "train.eval_every=80"))
+ARTIST = Movement("emu3", "pretrain", "emu3_mini", ("train.max_steps=70", "train.eval_every=70"))
 
 
 def main(argv: Sequence[str]) -> int:
