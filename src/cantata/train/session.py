@@ -70,11 +70,7 @@ def run_session(
     began, stop = time.monotonic(), StopRequest()
     rng.seed_all(stage.seed, dist.rank())
     shape, needs, peaks = fingerprint(model), describe.needs(stage, model, loader), _peaks(stage, model)
-    if isinstance(stage, LanguageStage):
-        add_noise(model, stage.train.neftune_alpha)
-    engine = build_engine(stage, model)
-    if critic is not None:
-        engine = WithCritic(engine, critic)
+    engine = _engine(stage, model, critic)
     with ExitStack() as closing, contextlib.closing(iter(loader)) as batches:
         checkpointer = Checkpointer(stage.out, stage.checkpoint, shape)
         closing.callback(checkpointer.close)
@@ -82,8 +78,8 @@ def run_session(
         console = Console(dist.rank())
         closing.callback(console.close)
         window = Window(Device(dist.device(), dist.world_size(), model.flops_per_token))
-        interval, early = ExpertInterval(), EarlyStopping(stage.train.early_stopping, stop)
-        best = Best(stage.checkpoint.best)
+        interval, best = ExpertInterval(), Best(stage.checkpoint.best)
+        early = EarlyStopping(stage.train.early_stopping, stop)
         kept: dict[str, Kept] = {"window": window, "experts": interval, "early_stopping": early}
         kept |= base_identity(stage)
         saving = Saving(checkpointer, engine, loader, kept, console, stage.train.max_steps, best)
@@ -97,18 +93,24 @@ def run_session(
         _begin(report, console, start.step)
         evaluation = _evaluation(stage, engine, objective, held_out, console, probe, start.step)
         telemetry = _telemetry(stage, window, sinks, console)
-        experts = _experts(stage, model, interval, peaks, start.step or None, console, closing)
-        codebook: list[Listener] = [Codebook(model.quantizer)] if isinstance(model, ImageTokenizer) else []
-        listeners: list[Listener] = [*experts, *codebook, evaluation, early, telemetry, saving]
+        own = _experts(stage, model, interval, peaks, start.step or None, console, closing)
+        listeners: list[Listener] = [*own, evaluation, early, telemetry, saving]
         end = fit(engine, objective, batches, build(stage.schedule), stage.train, listeners, start, stop)
         saving.save(end)
         saving.finish()
         for line in describe.dropped(loader, held_out):
             console.on_warning(line)
         outcome, code = _outcome(end.step >= stage.train.max_steps, early.reason)
-        seconds = time.monotonic() - began
-        console.on_end(describe.summary(stage, outcome, end.step, seconds, telemetry, evaluation))
+        took = time.monotonic() - began
+        console.on_end(describe.summary(stage, outcome, end.step, took, telemetry, evaluation))
     return code
+
+
+def _engine(stage: Stage, model: nn.Module, critic: Critic | None) -> Engine:
+    if isinstance(stage, LanguageStage):
+        add_noise(model, stage.train.neftune_alpha)
+    engine = build_engine(stage, model)
+    return engine if critic is None else WithCritic(engine, critic)
 
 
 def _begin(report: StartupReport, console: Console, step: int) -> None:
@@ -182,7 +184,9 @@ def _experts(
     console: Console,
     closing: ExitStack,
 ) -> list[Listener]:
-    """What moves and watches the experts; nothing in a model without them."""
+    """What moves and watches the experts, or moves a codebook; nothing in a model without them."""
+    if isinstance(model, ImageTokenizer):
+        return [Codebook(model.quantizer)]
     layers = model.moe_layers()
     if not layers or not isinstance(stage, LanguageStage):
         return []
