@@ -98,8 +98,7 @@ def run_session(
         end = fit(engine, objective, batches, build(stage.schedule), stage.train, listeners, start, stop)
         saving.save(end)
         saving.finish()
-        for line in describe.dropped(loader, held_out):
-            console.on_warning(line)
+        _tell_drops(console, loader, held_out)
         outcome, code = _outcome(end.step >= stage.train.max_steps, early.reason)
         took = time.monotonic() - began
         console.on_end(describe.summary(stage, outcome, end.step, took, telemetry, evaluation))
@@ -118,6 +117,11 @@ def _begin(report: StartupReport, console: Console, step: int) -> None:
     if dist.is_main():
         startup.write(report)
     console.on_start(report, step)
+
+
+def _tell_drops(console: Console, loader: Loader, held_out: HeldOut) -> None:
+    for line in describe.dropped(loader, held_out):
+        console.on_warning(line)
 
 
 def _outcome(finished: bool, early: str | None) -> tuple[str, int]:
