@@ -99,6 +99,7 @@ def _rank_main(
     # Stays open for as long as the process lives.
     stacks = (Path(folder) / f"{rank}.stacks").open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    faulthandler.enable(file=stacks, all_threads=True)
     os.environ.update(
         OMP_NUM_THREADS="1",
         RANK=str(rank),

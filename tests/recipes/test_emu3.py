@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -154,12 +156,35 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_published_folder_draws_the_same(made: Made, tmp_path: Path) -> None:
+def test_a_published_folder_draws_the_same_and_knows_its_tokenizer(
+    made: Made, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["export", str(made.model), "--to", str(tmp_path / "hf")]) == 0
-    given = ["--prompt", "a cat", "--tokenizer", str(made.tokenizer), "--size", "16x16"]
+    given = ["--prompt", "a cat", "--tokenizer", str(made.tokenizer)]
     assert cli.main(["generate", str(tmp_path / "hf"), *given, "--out", str(tmp_path / "hf.png")]) == 0
     assert generate(made, *given, "--out", tmp_path / "run.png") == 0
     assert (tmp_path / "hf.png").read_bytes() == (tmp_path / "run.png").read_bytes()
+    given = ["--prompt", "a cat", "--tokenizer", str(other)]
+    assert cli.main(["generate", str(tmp_path / "hf"), *given, "--out", str(tmp_path / "x.png")]) == 2
+    assert "is another tokenizer" in capsys.readouterr().err
+
+
+def test_codes_that_were_made_anew_are_not_learned_on(
+    made: Made, other: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    anew = Made(tmp_path)
+    assert tokenize(anew.codes, other, *FEW) == 0
+    shutil.copytree(made.model, anew.model)
+    given = (*TINY_EMU3, "train.max_steps=4")
+    assert run("pretrain", *given, *anew.data, f"out={anew.model}") == 2
+    assert re.search(r"codes of data\.sources are another .* the checkpoint", capfd.readouterr().err)
+    half = [path.replace(str(anew.codes), str(made.codes)) for path in anew.data[:1]]
+    assert run("pretrain", *given, *anew.data, *half, f"out={tmp_path / 'mixed'}") == 2
+    assert re.search(r"codes of data\.sources\.name are .* of data\.sources\.draw", capfd.readouterr().err)
+    assert cli.main(["export", str(made.model), "--to", str(tmp_path / "hf")]) == 0
+    fine = f"model.weights={tmp_path / 'hf'}"
+    assert run("pretrain", *given, *anew.data, fine, f"out={tmp_path / 'fine'}") == 2
+    assert re.search(r"codes of data\.sources are .* of model\.weights=", capfd.readouterr().err)
 
 
 def test_a_plan_needs_no_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from cantata.core.build import build
 from cantata.core.config import compose, resolved
 from cantata.core.errors import ConfigError
 from cantata.core.samples import Chat, Codes, Document, Message
+from cantata.data.code_origin import CodeOrigin
 from cantata.data.collate.packed import PackedCollator
 from cantata.tools.coded import Coder, reads_pixels
 from cantata.tools.open_model import OpenedModel
@@ -37,29 +38,25 @@ def digest(tokenizer: Path) -> str:
     return open_tokenizer(tokenizer, torch.device("cpu")).digest
 
 
-def model(codes: list[dict[str, Any]], codebook_size: int = 32) -> OpenedModel:
+def model(codes: CodeOrigin | None, codebook_size: int = 32) -> OpenedModel:
     given = ["experiment=emu3_mini", f"collator.processor.tokens.codebook_size={codebook_size}"]
     collator: PackedCollator = build(resolved(compose("pretrain", given).node)["collator"])
     nothing: Any = None
     return OpenedModel(nothing, collator, nothing, 64, "needs a tokenizer", [], codes)
 
 
-def codes_json(digest: str, *sizes: list[int]) -> dict[str, Any]:
-    return {"tokenizer": digest, "sizes": list(sizes)}
-
-
 def test_sizes_are_those_of_the_codes_or_as_asked(tokenizer: Path, digest: str) -> None:
-    opened = model([codes_json(digest, [16, 16], [8, 16]), codes_json(digest, [8, 16], [32, 8])])
+    opened = model(CodeOrigin(digest, [[16, 16], [8, 16], [32, 8]]))
     coder = Coder(tokenizer, opened, None)
     assert coder.collator.sizes == [(16, 16), (8, 16), (32, 8)]
     assert coder.grid == (4, 4)
     assert Coder(tokenizer, opened, (8, 24)).grid == (2, 6)
     with pytest.raises(ConfigError, match="add --size ROWSxCOLUMNS"):
-        Coder(tokenizer, model([]), None)
+        Coder(tokenizer, model(None), None)
 
 
 def test_pixels_become_codes_and_codes_pixels(tokenizer: Path, digest: str) -> None:
-    coder = Coder(tokenizer, model([codes_json(digest, [16, 16])]), None)
+    coder = Coder(tokenizer, model(CodeOrigin(digest, [[16, 16]])), None)
     own = open_tokenizer(tokenizer, torch.device("cpu")).model
     pixels = torch.from_numpy(np.asarray(RED).transpose(2, 0, 1).copy())[None, None]
     wanted = own.encode(normalise(pixels))
@@ -71,15 +68,15 @@ def test_pixels_become_codes_and_codes_pixels(tokenizer: Path, digest: str) -> N
 
 def test_another_tokenizer_or_another_number_of_codes_is_refused(tokenizer: Path, digest: str) -> None:
     with pytest.raises(ConfigError, match=r"is another tokenizer \(\w{12}\) than the one .* \(elsewhere\)"):
-        Coder(tokenizer, model([codes_json(digest, [16, 16]), codes_json("elsewhere", [16, 16])]), None)
+        Coder(tokenizer, model(CodeOrigin("elsewhere", [[16, 16]])), None)
     with pytest.raises(ConfigError, match="has 1 x 32 codes, and the model one of 1,024 at each place"):
-        Coder(tokenizer, model([], codebook_size=1024), (16, 16))
+        Coder(tokenizer, model(None, codebook_size=1024), (16, 16))
 
 
 def test_a_tokenizer_with_several_codes_a_place_is_refused(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "run", "quantizer@model.quantizer=residual")
     with pytest.raises(ConfigError, match="has 2 x 1,024 codes"):
-        Coder(tmp_path / "run", model([], codebook_size=1024), (16, 16))
+        Coder(tmp_path / "run", model(None, codebook_size=1024), (16, 16))
 
 
 def test_a_model_that_reads_pixels_has_no_use_for_one(tokenizer: Path) -> None:
@@ -91,7 +88,7 @@ def test_a_model_that_reads_pixels_has_no_use_for_one(tokenizer: Path) -> None:
 
 
 def test_prompts_with_images_become_prompts_with_codes(tokenizer: Path, digest: str) -> None:
-    opened = model([codes_json(digest, [16, 16])])
+    opened = model(CodeOrigin(digest, [[16, 16]]))
     coder = Coder(tokenizer, opened, None)
     reading = reads_pixels(opened, coder)
     assert not reading.no_images

@@ -172,12 +172,17 @@ def test_a_process_of_its_own(run: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
+        (("--out", "x.png", "--raw"), "--raw: for answers in text, and --out draws"),
+        (
+            ("--out", "x.png", "--json", "--max-new-tokens", "3"),
+            "--json, --max-new-tokens: for answers in text, and --out draws",
+        ),
         (("--guidance", "2"), "--guidance: for drawing images, which --out asks for"),
         (("--size", "16x16"), "--size: for images as codes, which --tokenizer makes"),
     ],
 )
-def test_what_only_images_as_codes_use_is_refused_elsewhere(
-    given: tuple[str, str], reason: str, capsys: pytest.CaptureFixture[str]
+def test_arguments_that_would_change_nothing_are_refused(
+    given: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["generate", "nowhere", "--prompt", "What?", *given]) == 2
     assert reason in capsys.readouterr().err

@@ -34,13 +34,12 @@ class Coder:
     """
 
     def __init__(self, path: Path, model: OpenedModel, size: tuple[int, int] | None) -> None:
-        codes, wanted = model.codes, _codes_of(model.collator.processor)
+        learned, wanted = model.codes, _codes_of(model.collator.processor)
         opened = open_tokenizer(path, dist.device())
-        others = [one["tokenizer"] for one in codes if one["tokenizer"] != opened.digest]
-        if others:
+        if learned is not None and learned.tokenizer != opened.digest:
             raise ConfigError(
                 f"{path} is another tokenizer ({opened.digest[:12]}) than the one whose codes the model "
-                f"learned ({others[0][:12]}); give that one"
+                f"learned ({learned.tokenizer[:12]}); give that one"
             )
         quantizer = opened.model.quantizer
         if (quantizer.num_codebooks, quantizer.num_codes) != (1, wanted):
@@ -48,8 +47,8 @@ class Coder:
                 f"{path} has {quantizer.num_codebooks} x {quantizer.num_codes:,} codes, and the model one of "
                 f"{wanted:,} at each place (collator.processor.tokens.codebook_size); they must be the same"
             )
-        known = [tuple(size) for one in codes for size in one["sizes"]]
-        sizes = list(dict.fromkeys(known if size is None else [size]))
+        known = [] if learned is None else [(rows, columns) for rows, columns in learned.sizes]
+        sizes = known if size is None else [size]
         if not sizes:
             raise ConfigError("the size of images is not known here; add --size ROWSxCOLUMNS, in pixels")
         self.model = opened.model

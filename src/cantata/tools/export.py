@@ -66,6 +66,8 @@ def export(
     merged = None if run.lora is None else merged_run(run, run.lora, base, dtype)
     with HubWriter(directory, run.layout, max_shard_bytes) as writer:
         notes = run.layout.write_processor(run.processor, writer.path)
+        if run.codes is not None:
+            run.codes.write(writer.path)
         if merged is not None:
             for name in merged:
                 writer.write(name, merged.read(name))

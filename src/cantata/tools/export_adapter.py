@@ -57,6 +57,8 @@ def export_adapter(
 
     with staged(directory) as path:
         notes = [*writer.write(path, read, dtype), *run.layout.write_processor(run.processor, path)]
+        if run.codes is not None:
+            run.codes.write(path)
     elements = sum(shapes[name].numel() for name in trained)
     bytes_written = (directory / ADAPTER_WEIGHTS).stat().st_size
     write(f"{directory}: an adapter of {count(elements)} parameters, {size(bytes_written)}, from {run.title}")

@@ -32,6 +32,9 @@ from cantata.tools.pages import (
 from cantata.tools.prompts import Prompt, check_text, encode, read_prompts
 from cantata.train.humane import count
 
+MAX_NEW_TOKENS = 512
+"""Of an answer, unless the command says."""
+
 _EPILOG = """\
 --image, --video and --pdf go with every --prompt and stand before its text, in this order. A file of prompts
 names its own: {"prompt": "What is it?", "image": "cat.png"} in a line.
@@ -41,6 +44,10 @@ names its own: {"prompt": "What is it?", "image": "cat.png"} in a line.
 def main(arguments: Sequence[str]) -> int:
     """The command; returns 0."""
     given = _parser().parse_args(arguments)
+    prompts = _prompts(given)
+    refuse_unused(given, prompts)
+    if given.max_new_tokens is None:
+        given.max_new_tokens = MAX_NEW_TOKENS
     config = SamplingConfig(
         max_new_tokens=given.max_new_tokens,
         temperature=given.temperature,
@@ -50,8 +57,6 @@ def main(arguments: Sequence[str]) -> int:
         stop=tuple(given.stop),
         seed=given.seed,
     )
-    prompts = _prompts(given)
-    refuse_unused(given, prompts)
     if given.out is not None:
         if any(prompt.has_media for prompt in prompts):
             raise ConfigError("--out draws images after texts alone; leave out --image, --video and --pdf")
@@ -197,10 +202,12 @@ def _parser() -> Parser:
     asked.add_argument("--prompts", metavar="FILE", type=Path, help="JSON Lines, a prompt in each")
     for kind in ("image", "video", "pdf"):
         asked.add_argument(f"--{kind}", metavar="F", type=Path, action="extend", nargs="+", default=[])
-    asked.add_argument("--raw", action="store_true", help="go on with the text itself; it is no user's turn")
+    asked.add_argument(
+        "--raw", action="store_true", default=None, help="go on with the text itself; it is no user's turn"
+    )
     add_arguments(parser)
     how = parser.add_argument_group("how it goes on")
-    how.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="at most (%(default)s)")
+    how.add_argument("--max-new-tokens", metavar="N", type=int, help=f"at most ({MAX_NEW_TOKENS})")
     how.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0: the likeliest (default)")
     how.add_argument("--top-k", metavar="K", type=int, default=0, help="draw among the K likeliest; 0: all")
     how.add_argument("--top-p", metavar="P", type=float, default=1.0, help="draw from the nucleus; 1: all")
@@ -237,5 +244,7 @@ def _parser() -> Parser:
         default=8,
         help="prompts that go on at once (%(default)s)",
     )
-    run.add_argument("--json", action="store_true", help="an object for each answer, when all are done")
+    run.add_argument(
+        "--json", action="store_true", default=None, help="an object for each answer, when all are done"
+    )
     return parser

@@ -6,17 +6,15 @@ Between `open_model` and `load` a model is on the meta device.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cantata.core.errors import ConfigError
-from cantata.core.target import TARGET
+from cantata.data.code_origin import CodeOrigin, read_origin
 from cantata.data.collate.packed import PackedCollator
-from cantata.data.tokenized import MANIFEST, read_manifest
 from cantata.models.adapter_files import read_adapter_config
 from cantata.models.emu3 import Emu3Processor
 from cantata.models.hub import CONFIG
@@ -47,8 +45,8 @@ class OpenedModel:
     """Why images cannot be read as the model learned them; empty where they can."""
     notes: list[str]
     """What a user should know of the files."""
-    codes: list[dict[str, Any]] = field(default_factory=list)
-    """Of a run that trained on images as codes: what `codes.json` says of them."""
+    codes: CodeOrigin | None = None
+    """What made the codes that it learned; None where it learned none, or it is not known."""
 
 
 class RunWeights:
@@ -146,7 +144,8 @@ def _from_hub(path: Path, adapter: Path | None, merge: bool) -> OpenedModel:
         raise ConfigError(f"{path}: {type(model).__name__} does not generate")
     notes = [*found.notes, *_other_base(path, adapter)]
     collator = PackedCollator(found.processor)
-    return OpenedModel(model, collator, source, model.max_positions, found.no_images, notes)
+    codes = read_origin(path)
+    return OpenedModel(model, collator, source, model.max_positions, found.no_images, notes, codes)
 
 
 def _other_base(path: Path, adapter: Path | None) -> list[str]:
@@ -180,14 +179,6 @@ def _from_run(path: Path, merge: bool) -> OpenedModel:
         source = Merged(merged_run(run, run.lora, None, None), {name: run.read(name) for name in held})
     if not isinstance(model, Decodes):
         raise ConfigError(f"{checkpoint}: {type(model).__name__} does not generate")
-    collator, codes = PackedCollator(run.processor), manifests(run.config)
     no_images = NO_PIXELS if isinstance(run.processor, Emu3Processor) else ""
-    return OpenedModel(model, collator, source, model.max_positions, no_images, [], codes)
-
-
-def manifests(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """What made the codes that a run trained on, as far as their folders are still there."""
-    sources = config.get("data", {}).get("sources", {})
-    named = [source.get("dataset", {}) for source in sources.values()]
-    folders = [Path(node["path"]) for node in named if str(node.get(TARGET)).endswith(".TokenizedImages")]
-    return [read_manifest(folder) for folder in dict.fromkeys(folders) if (folder / MANIFEST).is_file()]
+    collator = PackedCollator(run.processor)
+    return OpenedModel(model, collator, source, model.max_positions, no_images, [], run.codes)

@@ -79,12 +79,14 @@ def refuse_unused(given: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
     """Raise `ConfigError` where an argument would change nothing, as no prompt has what it is about."""
     of_pages = {"--pages": given.pages, "--max-model-len": given.max_model_len, "--gallery": given.gallery}
     of_images = {"--image-size": given.image_size, "--split or --no-split": given.split}
+    of_text = {"--raw": given.raw, "--json": given.json, "--max-new-tokens": given.max_new_tokens}
     has_pages, has_media = any(prompt.pdfs for prompt in prompts), any(prompt.has_media for prompt in prompts)
     for is_used, arguments, what in (
         (has_pages, of_pages, "PDFs, and no prompt has one"),
         (has_media, of_images, "images, videos and PDFs, and no prompt has any"),
         (given.tokenizer is not None, {"--size": given.size}, "images as codes, which --tokenizer makes"),
         (given.out is not None, {"--guidance": given.guidance}, "drawing images, which --out asks for"),
+        (given.out is None, of_text, "answers in text, and --out draws"),
     ):
         unused = [name for name, value in arguments.items() if value is not None]
         if unused and not is_used:

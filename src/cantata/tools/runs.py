@@ -13,12 +13,14 @@ from cantata.core.build import build
 from cantata.core.config import read_config
 from cantata.core.errors import ConfigError
 from cantata.core.schema import convert
+from cantata.data.code_origin import CodeOrigin
 from cantata.models.lora import LoRAConfig, apply_lora
 from cantata.models.protocol import HubLayout, ImageTokenizer, LanguageModel
 from cantata.parallel.materialize import Source, persistent_tensors
 from cantata.train.adapter import BaseIdentity
 from cantata.train.checkpoint_files import CheckpointFiles, is_complete, read_state
 from cantata.train.checkpoint_tensors import StoredTensors, differences
+from cantata.train.learned_codes import KEPT
 from cantata.train.stage import base_values
 
 BASE = "base"
@@ -46,6 +48,12 @@ class OpenRun:
     def title(self) -> str:
         """Which one it is, for a line that says what was done with it."""
         return f"{self.path} (step {self.state['step']})"
+
+    @property
+    def codes(self) -> CodeOrigin | None:
+        """What made the codes that it learned; None where it learned none."""
+        kept = self.state["extra"].get(KEPT)
+        return None if kept is None else CodeOrigin(**kept)
 
     def read(self, name: str) -> Tensor:
         """A whole tensor of the checkpoint, by its native name: its moving average where one is kept."""

@@ -29,6 +29,7 @@ from cantata.train.evaluate import Evaluation, Probe, evaluate
 from cantata.train.expert_counts import ExpertInterval
 from cantata.train.expert_load import LoadWarning, PeakRows
 from cantata.train.expert_report import ExpertFolder, ExpertReport
+from cantata.train.learned_codes import learned_codes
 from cantata.train.listeners import Codebook, ExpertBias, Kept, Saving, Telemetry
 from cantata.train.loggers import Sinks, open_sinks
 from cantata.train.loop import Listener, fit
@@ -70,6 +71,7 @@ def run_session(
     began, stop = time.monotonic(), StopRequest()
     rng.seed_all(stage.seed, dist.rank())
     shape, needs, peaks = fingerprint(model), describe.needs(stage, model, loader), _peaks(stage, model)
+    codes = learned_codes(stage)
     engine = _engine(stage, model, critic)
     with ExitStack() as closing, contextlib.closing(iter(loader)) as batches:
         checkpointer = Checkpointer(stage.out, stage.checkpoint, shape)
@@ -82,6 +84,7 @@ def run_session(
         early = EarlyStopping(stage.train.early_stopping, stop)
         kept: dict[str, Kept] = {"window": window, "experts": interval, "early_stopping": early}
         kept |= base_identity(stage)
+        kept |= codes
         saving = Saving(checkpointer, engine, loader, kept, console, stage.train.max_steps, best)
         start = saving.resume()
         save_config(resolved, stage.out / "config.yaml")
