@@ -1,6 +1,7 @@
 """The estimate against arithmetic by hand."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from cantata.models.lora import apply_lora, packed_names
 from cantata.nn.lora import Packing, packed_bytes
 from cantata.parallel.mesh import MeshSizes
 from cantata.parallel.recompute import Recompute
+from cantata.train.ema import AdamWithEMA
 from cantata.train.memory import (
     Resting,
     estimate_memory,
@@ -22,6 +24,8 @@ from cantata.train.one_rank import Elements, on_one_rank
 from cantata.train.options import Offload, Precision, StateDtype
 from tests.models.test_lora import CONFIG
 from tests.train.test_dry_run import CPU, batch, build
+
+ADAM = partial(torch.optim.AdamW, lr=1e-3)
 
 
 def test_gradients_fill_up_while_activations_go() -> None:
@@ -89,9 +93,24 @@ def test_the_same_experts_are_shared_by_fewer_ranks() -> None:
 def test_the_layout_of_a_config() -> None:
     mesh = MeshSizes(dp_replicate=2, dp_shard=4, ep=2)
     fsdp2 = {"precision": "bf16", "state_dtype": "fp32", "offload": "none"}
-    assert layout_of(fsdp2, mesh) == fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.none, 4, 2)
+    assert layout_of(fsdp2, ADAM, mesh) == fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.none, 4, 2)
     deepspeed = {"precision": "fp32", "offload": "optimizer", "zero_stage": 1}
-    assert layout_of(deepspeed, mesh) == zero_layout(1, Precision.fp32, Offload.optimizer, 8, 2)
+    assert layout_of(deepspeed, ADAM, mesh) == zero_layout(1, Precision.fp32, Offload.optimizer, 8, 2)
+
+
+def test_averages_are_four_bytes_more_where_states_are() -> None:
+    mesh = MeshSizes(dp_replicate=2, dp_shard=4, ep=2)
+    averaging = partial(AdamWithEMA, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True)
+    for engine, on_device in (
+        ({"precision": "bf16", "state_dtype": "bf16", "offload": "none"}, True),
+        ({"precision": "bf16", "state_dtype": "fp32", "offload": "parameters"}, False),
+        ({"precision": "bf16", "offload": "none", "zero_stage": 2}, True),
+        ({"precision": "fp32", "offload": "optimizer", "zero_stage": 1}, False),
+    ):
+        plain = layout_of(engine, ADAM, mesh)
+        each = plain.states.bytes_each + (4 if on_device else 0)
+        states = plain.states._replace(bytes_each=each)
+        assert layout_of(engine, averaging, mesh) == replace(plain, states=states)
 
 
 def test_with_more_ranks_for_the_experts_a_rank_holds_and_gathers_fewer() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from cantata.core.build import build
 from cantata.core.errors import ConfigError
 from cantata.models.protocol import LanguageModel
 from cantata.nn.lora import is_factor
@@ -106,7 +107,7 @@ def test_aria_25b_on_many_ranks(gpus: int) -> None:
 def test_the_formula_of_the_start_up_report_is_as_good() -> None:
     chosen = stage(*MINI, "cluster.gpus=8", "mesh.ep=4")
     plan, model = make_plan(chosen), language_model(chosen)
-    layout = layout_of(chosen.engine, plan.mesh)
+    layout = layout_of(chosen.engine, build(chosen.optimizer), plan.mesh)
     batch = likely_batch(chosen, model)
     estimate = estimate_memory(model, layout, batch, chosen.train.recompute, META, 1)
     assert estimate.parts() == pytest.approx(plan.memory.parts(), rel=0.01)
@@ -130,7 +131,7 @@ def test_what_adapters_leave_as_it_came_is_held_in_what_it_computes_with(precisi
     # Shards are rounded up to whole rows.
     assert plan.memory.parameters == pytest.approx(expected, rel=0.02)
     assert plan.memory.gradients == pytest.approx(factors, rel=0.1)
-    layout, batch = layout_of(chosen.engine, plan.mesh), likely_batch(chosen, model)
+    layout, batch = layout_of(chosen.engine, build(chosen.optimizer), plan.mesh), likely_batch(chosen, model)
     estimate = estimate_memory(model, layout, batch, chosen.train.recompute, META, 1)
     assert estimate.parameters == pytest.approx(expected, rel=0.001)
 

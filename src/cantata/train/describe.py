@@ -70,7 +70,7 @@ def exchanged(stage: LanguageStage, model: Trainable, mesh: MeshSizes) -> Traffi
         model,
         mesh.ep,
         train.micro_batch_size * train.sequence_length,
-        layout_of(stage.engine, mesh).compute_dtype,
+        layout_of(stage.engine, build(stage.optimizer), mesh).compute_dtype,
         train.recompute,
         train.gradient_accumulation_steps,
     )
@@ -87,7 +87,7 @@ def memory(stage: Stage, model: Trainable, loader: Loader, mesh: MeshSizes) -> M
         return None
     return estimate_memory(
         model,
-        layout_of(stage.engine, mesh),
+        layout_of(stage.engine, build(stage.optimizer), mesh),
         loader.peek(),
         stage.train.recompute,
         torch.device("meta"),

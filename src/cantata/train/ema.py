@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cantata.core.errors import ConfigError
+from cantata.train.optim import OptimizerPartial
 
 EMA = "ema"
 """Name of the average in a parameter's state; fp32, whatever the parameter is kept in."""
@@ -73,6 +75,12 @@ class AdamWithEMA(torch.optim.AdamW):
                 decay = min(self.ema_decay, (1 + updates) / (10 + updates))
                 average.lerp_(value.float(), 1.0 - decay)
         return loss
+
+
+def keeps_averages(optimizer: OptimizerPartial) -> bool:
+    """Whether the optimizer that a partial makes is `AdamWithEMA`."""
+    made = optimizer.func if isinstance(optimizer, partial) else optimizer
+    return isinstance(made, type) and issubclass(made, AdamWithEMA)
 
 
 def adam_state(

@@ -4,7 +4,7 @@ The estimate is a sum of these parts:
 
     parameters   weights at rest: elements / shards * bytes
     gradients    the same of the trained parameters
-    optimizer    moments and fp32 masters of the trained parameters
+    optimizer    moments, fp32 masters and averages of the trained parameters
     gathered     what sharding brings together at once, see `gathered_bytes`, and the largest packed weight
                  while it is in use
     activations  what forward and backward hold beyond that when they hold most, logits and the rows that
@@ -21,7 +21,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,9 @@ from cantata.nn.lora import packed_bytes
 from cantata.parallel.mesh import MeshSizes
 from cantata.parallel.recompute import Recompute
 from cantata.train.dry_run import peak_activation_bytes
+from cantata.train.ema import keeps_averages
 from cantata.train.one_rank import Elements, expert_ids, on_one_rank
+from cantata.train.optim import OptimizerPartial
 from cantata.train.options import Offload, Precision, StateDtype
 
 GIB = 2**30
@@ -118,13 +120,18 @@ def zero_layout(zero_stage: int, precision: Precision, offload: Offload, world_s
     )
 
 
-def layout_of(engine: Mapping[str, Any], mesh: MeshSizes) -> Layout:
+def layout_of(engine: Mapping[str, Any], optimizer: OptimizerPartial, mesh: MeshSizes) -> Layout:
     """The layout that the values under `engine` ask for: FSDP2 shards over a copy's ranks, ZeRO over all."""
     precision, offload = Precision(engine["precision"]), Offload(engine["offload"])
     if "zero_stage" in engine:
         world_size = mesh.dp_replicate * mesh.dp_shard
-        return zero_layout(engine["zero_stage"], precision, offload, world_size, mesh.ep)
-    return fsdp2_layout(precision, StateDtype(engine["state_dtype"]), offload, mesh.dp_shard, mesh.ep)
+        layout = zero_layout(engine["zero_stage"], precision, offload, world_size, mesh.ep)
+    else:
+        state_dtype = StateDtype(engine["state_dtype"])
+        layout = fsdp2_layout(precision, state_dtype, offload, mesh.dp_shard, mesh.ep)
+    if not (keeps_averages(optimizer) and layout.states.bytes_each):
+        return layout
+    return replace(layout, states=layout.states._replace(bytes_each=layout.states.bytes_each + FP32))
 
 
 def _dtype(precision: Precision) -> torch.dtype:

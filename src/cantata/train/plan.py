@@ -82,7 +82,7 @@ def make_plan(stage: Stage) -> Plan:
     """
     ranks = stage.cluster.gpus
     mesh = validate(stage.mesh, ranks)
-    layout = layout_of(stage.engine, mesh)
+    layout = layout_of(stage.engine, build(stage.optimizer), mesh)
     held = held_by_rank_0(stage, layout)
     model = build_model(stage)
     assert isinstance(model, Trainable)
