@@ -24,7 +24,7 @@ def compare(ours: Tensor, theirs: Tensor, of: list[Tensor]) -> None:
 
 
 def test_upsampling_is_a_convolution_over_repeated_values() -> None:
-    layer = Upsample(5)
+    layer = Upsample(5, 3)
     x_NCHW = rand(2, 5, 4, 3)
     twice_NCHW = F.interpolate(x_NCHW, scale_factor=2.0, mode="nearest")
     plain = F.conv2d(twice_NCHW, layer.conv.weight, layer.conv.bias, padding=1)
@@ -32,7 +32,7 @@ def test_upsampling_is_a_convolution_over_repeated_values() -> None:
 
 
 def test_downsampling_pads_the_end_alone() -> None:
-    layer = Downsample(1)
+    layer = Downsample(1, 1)
     nn.init.ones_(layer.conv.weight)
     nn.init.zeros_(layer.conv.bias)
     out_NCHW = layer(torch.ones(1, 1, 4, 4))

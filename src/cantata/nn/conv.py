@@ -26,9 +26,9 @@ class Conv2d(nn.Conv2d):
 class Downsample(nn.Module):
     """Half the rows and columns: a 3 x 3 convolution of stride 2, zeros after the last row and column."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         out_NCHW: Tensor = self.conv(F.pad(x_NCHW, (0, 1, 0, 1)))
@@ -42,9 +42,9 @@ class Upsample(nn.Module):
     3 x 3 one: 16 products an input position instead of 36.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         kernel_IO44 = _over_single(self.conv.weight)

@@ -18,13 +18,13 @@ def encoder_operations(encoder: Encoder, codes: float) -> float:
     for stage in encoder.stages:
         total += _stage(stage, scale, codes)
         scale /= 4
-    return total + _part(encoder.middle, 1.0, codes) + products(encoder.head, 1.0)
+    return total + _middle(encoder, codes) + products(encoder.head, 1.0)
 
 
 def decoder_operations(decoder: Decoder, codes: float) -> float:
     """Of a forward from one position of the coarsest level, in images that have `codes` of them."""
     scale = 1.0
-    total = products(decoder.conv_in, scale) + _part(decoder.middle, scale, codes)
+    total = products(decoder.conv_in, scale) + _middle(decoder, codes)
     for stage in decoder.stages:
         total += _stage(stage, scale, codes)
         scale *= 4
@@ -36,6 +36,10 @@ def decoder_operations(decoder: Decoder, codes: float) -> float:
 def products(module: nn.Module, positions: float) -> float:
     """Of every weight that is applied at so many positions."""
     return 2.0 * positions * sum(p.numel() for p in module.parameters() if p.dim() > 1)
+
+
+def _middle(pyramid: Encoder | Decoder, codes: float) -> float:
+    return 0.0 if pyramid.middle is None else _part(pyramid.middle, 1.0, codes)
 
 
 def _stage(stage: nn.Module, positions: float, codes: float) -> float:

@@ -22,11 +22,15 @@ EPS = 1e-6
 
 
 class GroupNorm(nn.Module):
-    """Norm of 32 groups of channels, or fewer that divide them (Wu and He, 2018, arXiv:1803.08494)."""
+    """Norm of 32 groups of channels, or fewer that divide them (Wu and He, 2018, arXiv:1803.08494).
 
-    def __init__(self, channels: int) -> None:
+    least: channels of a group, where there are as many. A group of one loses its channel's mean over the
+    image, and narrow models learn the worse for it.
+    """
+
+    def __init__(self, channels: int, least: int = 1) -> None:
         super().__init__()
-        self.groups = gcd(channels, MAX_GROUPS)
+        self.groups = gcd(max(1, channels // least), MAX_GROUPS)
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
@@ -179,6 +183,10 @@ class PyramidShape(NamedTuple):
     multipliers: Sequence[int]
     num_blocks: int
     attention_levels: Sequence[int]
+    middle: bool = True
+    """A block, attention and a block more at the coarsest level."""
+    direct: bool = False
+    """A change of resolution leads to the next level's channels; otherwise the block after it does."""
 
     @property
     def widths(self) -> list[int]:
@@ -189,29 +197,25 @@ class PyramidShape(NamedTuple):
 class Encoder(nn.Module):
     """From images to latents (N, out_channels, h, w): each level but the last halves rows and columns."""
 
-    def __init__(self, shape: PyramidShape, in_channels: int, out_channels: int) -> None:
+    middle: Middle | None
+
+    def __init__(
+        self, shape: PyramidShape, in_channels: int, out_channels: int, make_norm: MakeNorm = GroupNorm
+    ) -> None:
         super().__init__()
         widths = shape.widths
-        self.conv_in = Conv2d(in_channels, shape.channels, 3)
-        self.stages = nn.ModuleList(
-            Stage(
-                before,
-                width,
-                shape.num_blocks,
-                GroupNorm,
-                attends=level in shape.attention_levels,
-                resample=Downsample(width) if level < len(widths) - 1 else None,
-            )
-            for level, (before, width) in enumerate(pairwise([shape.channels, *widths]))
-        )
-        self.middle = Middle(widths[-1], GroupNorm)
-        self.head = Head(widths[-1], out_channels, GroupNorm)
+        self.conv_in = Conv2d(in_channels, widths[0] if shape.direct else shape.channels, 3)
+        self.stages = _stages(shape, widths, shape.channels, make_norm, Downsample)
+        self.middle = Middle(widths[-1], make_norm) if shape.middle else None
+        self.head = Head(widths[-1], out_channels, make_norm)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         x_NCHW = self.conv_in(x_NCHW)
         for stage in self.stages:
             x_NCHW = stage(x_NCHW, None)
-        latents_NDhw: Tensor = self.head(self.middle(x_NCHW, None), None)[0]
+        if self.middle is not None:
+            x_NCHW = self.middle(x_NCHW, None)
+        latents_NDhw: Tensor = self.head(x_NCHW, None)[0]
         return latents_NDhw
 
 
@@ -222,6 +226,7 @@ class Decoder(nn.Module):
     the finest level, with so many times fewer channels, before the head.
     """
 
+    middle: Middle | None
     unfold: nn.Module | None
 
     def __init__(
@@ -235,19 +240,10 @@ class Decoder(nn.Module):
         super().__init__()
         widths = shape.widths[::-1]
         last = len(widths) - 1
+        mirrored = shape._replace(attention_levels=[last - level for level in shape.attention_levels])
         self.conv_in = Conv2d(in_channels, widths[0], 3)
-        self.middle = Middle(widths[0], make_norm)
-        self.stages = nn.ModuleList(
-            Stage(
-                before,
-                width,
-                shape.num_blocks,
-                make_norm,
-                attends=last - step in shape.attention_levels,
-                resample=Upsample(width) if step < last else None,
-            )
-            for step, (before, width) in enumerate(pairwise([widths[0], *widths]))
-        )
+        self.middle = Middle(widths[0], make_norm) if shape.middle else None
+        self.stages = _stages(mirrored, widths, widths[0], make_norm, Upsample)
         self.patch_size = patch_size
         narrow = max(1, widths[-1] // patch_size)
         self.unfold = Conv2d(widths[-1], narrow * patch_size**2, 3) if patch_size > 1 else None
@@ -255,10 +251,35 @@ class Decoder(nn.Module):
 
     def forward(self, latents_NDhw: Tensor, condition_NDhw: Tensor | None) -> tuple[Tensor, Tensor]:
         """Images (N, out_channels, H, W), and what the last convolution read."""
-        x_NCHW = self.middle(self.conv_in(latents_NDhw), condition_NDhw)
+        x_NCHW = self.conv_in(latents_NDhw)
+        if self.middle is not None:
+            x_NCHW = self.middle(x_NCHW, condition_NDhw)
         for stage in self.stages:
             x_NCHW = stage(x_NCHW, condition_NDhw)
         if self.unfold is not None:
             x_NCHW = F.pixel_shuffle(self.unfold(x_NCHW), self.patch_size)
         images_NCHW, last_input = self.head(x_NCHW, condition_NDhw)
         return images_NCHW, last_input
+
+
+def _stages(
+    shape: PyramidShape,
+    widths: Sequence[int],
+    entry: int,
+    make_norm: MakeNorm,
+    resample: Callable[[int, int], nn.Module],
+) -> nn.ModuleList:
+    """The levels in the order in which they run, whose first reads `entry` channels unless `shape.direct`."""
+    before = widths if shape.direct else [entry, *widths[:-1]]
+    after = [*widths[1:], None] if shape.direct else [*widths[:-1], None]
+    return nn.ModuleList(
+        Stage(
+            read,
+            width,
+            shape.num_blocks,
+            make_norm,
+            attends=level in shape.attention_levels,
+            resample=None if to is None else resample(width, to),
+        )
+        for level, (read, width, to) in enumerate(zip(before, widths, after, strict=True))
+    )

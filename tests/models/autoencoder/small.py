@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,16 @@ SHAPE = AutoencoderConfig(
     decoder_channels=12,
     channel_multipliers=(1, 2, 2),
     num_res_blocks=1,
+    decoder_res_blocks=2,
+    middle=True,
+    direct_resampling=False,
     attention_levels=(2,),
     patch_size=1,
     z_channels=6,
 )
+
+COMPACT = replace(SHAPE, decoder_res_blocks=1, middle=False, direct_resampling=True, attention_levels=())
+"""With nothing in the middle, and widths that change between the levels."""
 
 
 class Nearest(Quantizer):

@@ -22,7 +22,15 @@ class AutoencoderConfig:
     """Side of the squares of pixels that are one position of the finest level, each pixel a channel: 1 is as
     published; 2 saves the level that costs the most time and memory, and counts like one more level."""
     num_res_blocks: int
-    """Residual blocks of each of the encoder's levels; the decoder's have one more."""
+    """Residual blocks of each of the encoder's levels."""
+    decoder_res_blocks: int
+    """Of each of the decoder's; as published one more."""
+    middle: bool
+    """A residual block, attention and a residual block more at the coarsest level of both, as published."""
+    direct_resampling: bool
+    """The convolutions between two levels lead to the other's channels, so that a position keeps more of the
+    four it stands for. As published false: they keep their level's channels, and the next block changes them.
+    """
     attention_levels: tuple[int, ...]
     """Levels, 0 the finest, whose residual blocks are each followed by attention."""
     z_channels: int
@@ -33,6 +41,7 @@ class AutoencoderConfig:
             "encoder_channels": self.encoder_channels,
             "decoder_channels": self.decoder_channels,
             "num_res_blocks": self.num_res_blocks,
+            "decoder_res_blocks": self.decoder_res_blocks,
             "z_channels": self.z_channels,
             "patch_size": self.patch_size,
             "channel_multipliers": min(self.channel_multipliers, default=0),
@@ -58,7 +67,14 @@ class AutoencoderConfig:
 
     @property
     def decoder(self) -> PyramidShape:
-        return self._pyramid(self.decoder_channels, self.num_res_blocks + 1)
+        return self._pyramid(self.decoder_channels, self.decoder_res_blocks)
 
     def _pyramid(self, channels: int, num_blocks: int) -> PyramidShape:
-        return PyramidShape(channels, self.channel_multipliers, num_blocks, self.attention_levels)
+        return PyramidShape(
+            channels,
+            self.channel_multipliers,
+            num_blocks,
+            self.attention_levels,
+            self.middle,
+            self.direct_resampling,
+        )

@@ -9,6 +9,7 @@ N  codes of all images    D  values of a quantised row
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from cantata.nn.quantize.base import Quantizer
 from cantata.nn.resnet import Decoder, Encoder, GroupNorm
 
 COLOURS = 3
+NORM = partial(GroupNorm, least=4)
+"""As published where levels have 128 channels or more."""
 
 
 class Autoencoder(nn.Module):
@@ -41,11 +44,11 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.shape = shape
         self.weights = weights
-        self.encoder = Encoder(shape.encoder, COLOURS * shape.patch_size**2, shape.z_channels)
+        self.encoder = Encoder(shape.encoder, COLOURS * shape.patch_size**2, shape.z_channels, NORM)
         self.quant_conv = Conv2d(shape.z_channels, quantizer.dim, 1)
         self.quantizer = quantizer
         self.post_quant_conv = Conv2d(quantizer.dim, shape.z_channels, 1)
-        self.decoder = Decoder(shape.decoder, shape.z_channels, COLOURS, GroupNorm, shape.patch_size)
+        self.decoder = Decoder(shape.decoder, shape.z_channels, COLOURS, NORM, shape.patch_size)
 
     def forward(self, pixels_BTCHW: Tensor) -> TokenizerOutput:
         z_BDhw = self._latents(pixels_BTCHW)

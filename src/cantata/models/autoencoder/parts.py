@@ -15,21 +15,21 @@ from cantata.nn.resnet import Decoder, Encoder
 def pyramid_units(name: str, pyramid: Encoder | Decoder) -> list[Unit]:
     """The parts of an encoder or decoder, in the order in which they run."""
     conv_in = Unit(f"{name}.conv_in", pyramid.conv_in, False)
-    middle = Unit(f"{name}.middle", pyramid.middle, True)
+    middle = [] if pyramid.middle is None else [Unit(f"{name}.middle", pyramid.middle, True)]
     stages = [Unit(f"{name}.stages.{i}", stage, True) for i, stage in enumerate(pyramid.stages)]
     head = Unit(f"{name}.head", pyramid.head, False)
     if isinstance(pyramid, Encoder):
-        return [conv_in, *stages, middle, head]
+        return [conv_in, *stages, *middle, head]
     unfold = [] if pyramid.unfold is None else [Unit(f"{name}.unfold", pyramid.unfold, False)]
-    return [conv_in, middle, *stages, *unfold, head]
+    return [conv_in, *middle, *stages, *unfold, head]
 
 
 def fill(model: nn.Module, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill a parameter with its initial value: norms 1 and 0, others uniform up to 1 / sqrt(fan-in).
+    """Fill a parameter with its initial value: norms 1 and 0, weights up to sqrt(3 / fan-in), biases 0.
 
-    The latter is what torch's own convolutions and linear layers start with (He et al., 2015,
-    arXiv:1502.01852, with a slope of sqrt 5). Where a latent scales and shifts a norm, both begin near 1 and
-    0: their biases are that, their weights uniform.
+    So a layer keeps the variance of what it reads (LeCun et al., 1998, "Efficient BackProp"). Residual blocks
+    begin as what they are added to: their last convolution is 0 (Goyal et al., 2017, arXiv:1706.02677). Where
+    a latent scales and shifts a norm, both begin near 1 and 0: their biases are that, their weights uniform.
     """
     parent, _, leaf = name.rpartition(".")
     owner = parent.rpartition(".")[2]
@@ -40,8 +40,10 @@ def fill(model: nn.Module, name: str, tensor: Tensor, generator: torch.Generator
         if owner in ("scale", "shift") and leaf == "bias":
             tensor.fill_(1.0 if owner == "scale" else 0.0)
             return
-        weight = model.get_parameter(f"{parent}.weight")
-        bound = 1.0 / sqrt(weight[0].numel())
+        if leaf == "bias" or owner == "conv2":
+            tensor.zero_()
+            return
+        bound = sqrt(3.0 / tensor[0].numel())
         tensor.uniform_(-bound, bound, generator=generator)
 
 
