@@ -1,6 +1,6 @@
 """Quantisers on one budget: one tokenizer of the embedded emoji with each, and with codes of several widths.
 
-    python benchmarks/quantizers.py [--steps 300] [--quick]
+    python benchmarks/quantizers.py [--steps 600] [--quick]
 
 There is no peer: nobody else trains these in one place. Each run is `cantata vq experiment=emoji_vq` with
 another quantiser and as many steps; PSNR, SSIM and usage are those of the held-out set after the last step;
@@ -39,7 +39,8 @@ def train(folder: Path, steps: int, *overrides: str) -> Outcome:
     """Run one tokenizer and read its metrics; fails where it does."""
     command = [
         *(sys.executable, "-m", "cantata", "vq", "experiment=emoji_vq", f"out={folder}"),
-        *(f"train.max_steps={steps}", f"train.eval_every={steps}", "checkpoint.every=0", *overrides),
+        *(f"train.max_steps={steps}", f"train.eval_every={steps}", "checkpoint.every=0"),
+        *(f"schedule.warmup_steps={steps // 8}", f"schedule.decay_steps={steps // 2}", *overrides),
     ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -75,7 +76,7 @@ def plot(file: Path, widths: dict[str, Outcome]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=300, help="of each run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="of each run (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="two steps of two runs, to see that it works")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the second table")
     given = parser.parse_args()

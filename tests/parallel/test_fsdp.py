@@ -48,6 +48,19 @@ def test_units_that_share_a_parameter_belong_to_the_root() -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "offload", "is_whole"),
+    [(torch.float32, False, True), (torch.float32, True, False), (torch.bfloat16, False, False)],
+)
+def test_one_rank_that_computes_in_what_it_keeps_shards_nothing(
+    dtype: torch.dtype, offload: bool, is_whole: bool
+) -> None:
+    model = build_on_meta()
+    mesh = build_mesh(MeshConfig(1, -1, 1), 1, "cpu")
+    apply_sharding(model, model.units(), mesh, Sharding(dtype, offload_parameters=offload))
+    assert (not sharded_modules(model)) is is_whole
+
+
+@pytest.mark.parametrize(
     ("shape", "shards", "dimension"),
     [
         ((64, 2560, 3328), 8, 0),

@@ -63,6 +63,7 @@ TINY_VQ = (
     "model.shape.encoder_channels=8",
     "model.shape.decoder_channels=8",
     "model.shape.channel_multipliers=[1,1]",
+    "model.shape.attention_levels=[]",
     "model.shape.z_channels=8",
     "collator.sizes=[[16,16]]",
     "train.micro_batch_size=4",
@@ -125,21 +126,28 @@ def run(*arguments: str) -> int:
             sys.argv = argv
 
 
-def command(out: Path, *overrides: str, stage: str = "pretrain") -> list[str]:
-    """A recipe's command line without its launcher."""
-    tiny = {"pretrain": TINY, "sft": TINY_SFT, "lora": TINY_LORA, "vq": TINY_VQ}
+def command(
+    out: Path, *overrides: str, stage: str = "pretrain", tiny: Sequence[str] | None = None
+) -> list[str]:
+    """A recipe's command line without its launcher; `tiny` replaces the stage's own small model."""
     if stage == "tokenize":
         return [str(recipes_dir() / "tokenize_images.py"), f"out={out}", *overrides]
-    return [str(recipes_dir() / f"{stage}.py"), *tiny[stage], f"out={out}", *overrides]
+    if tiny is None:
+        tiny = {"pretrain": TINY, "sft": TINY_SFT, "lora": TINY_LORA, "vq": TINY_VQ}[stage]
+    return [str(recipes_dir() / f"{stage}.py"), *tiny, f"out={out}", *overrides]
 
 
 def start(
-    launcher: Sequence[str], out: Path, *overrides: str, stage: str = "pretrain"
+    launcher: Sequence[str],
+    out: Path,
+    *overrides: str,
+    stage: str = "pretrain",
+    tiny: Sequence[str] | None = None,
 ) -> subprocess.Popen[str]:
     """Start a recipe with one thread a process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HYDRA_FULL_ERROR": "0"}
     return subprocess.Popen(
-        [sys.executable, *launcher, *command(out, *overrides, stage=stage)],
+        [sys.executable, *launcher, *command(out, *overrides, stage=stage, tiny=tiny)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

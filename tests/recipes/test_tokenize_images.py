@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,21 @@ def test_a_folder_is_of_one_tokenizer_size_and_source(
         error = capfd.readouterr().err
         assert error.splitlines()[-1].startswith(f"error: {codes} holds codes of another {name}; ")
     assert {path: path.read_bytes() for path in codes.rglob("*") if path.is_file()} == files
+
+
+def test_a_folder_takes_one_launch_at_a_time(
+    tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    holder = "import sys; from pathlib import Path; from cantata.train.run_lock import RunLock; "
+    code = holder + "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "codes")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        assert tokenize(tmp_path / "codes", tokenizer, *FEW) == 2
+        other.communicate()
+    assert "is in use by pid" in capfd.readouterr().err.splitlines()[-1]
+    assert not list((tmp_path / "codes").glob("*/*.parquet"))
 
 
 @pytest.mark.slow

@@ -111,6 +111,15 @@ def test_a_run_that_asked_nothing_is_told_what_to_set(tmp_path: Path, lines: lis
         demo.accuracy(write(tmp_path / "metrics.jsonl", lines))
 
 
+def test_precision_is_what_multiplies_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([tick for dtype in (3.0, 1.0) for _ in range(5) for tick in (0.0, dtype)])
+    monkeypatch.setattr(demo.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(ticks))
+    assert demo.faster_precision() == "fp32"
+    monkeypatch.setattr(demo.torch.cuda, "is_available", lambda: True)
+    assert demo.faster_precision() == "bf16"
+
+
 @pytest.mark.parametrize("fails", [None, "vq.py", "tokenize", "export", "lora.py"])
 def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failure(
     fails: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -128,6 +137,7 @@ def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failu
     monkeypatch.setattr(demo, "show_captions", lambda console, run: shown.append(run))
     monkeypatch.setattr(demo, "show_answers", lambda console, out, questions, answers: shown.append(answers))
     monkeypatch.setattr(demo, "picture_of", lambda out, names: Image.new("RGB", (2, 2)))
+    monkeypatch.setattr(demo, "faster_precision", lambda: "fp32")
     assert demo.main(["--out", str(tmp_path), "train.max_steps=20"]) == (75 if fails else 0)
 
     def trained(movement: demo.Movement, *given: str) -> list[str]:
@@ -141,10 +151,10 @@ def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failu
     expected = [
         trained(demo.TOKENIZER),
         ["-m", "cantata", "tokenize", f"tokenizer={tmp_path / 'vq'}", f"out={codes}"],
-        trained(pretrain),
+        trained(pretrain, "engine.precision=fp32"),
         ["-m", "cantata", "export", str(tmp_path / "pretrain"), "--to", str(tmp_path / "pretrain-hf")],
-        *(trained(movement, weights) for movement in fine_tunes),
-        trained(demo.ARTIST, f"data.sources.draw.dataset.path={codes}"),
+        *(trained(movement, weights, "engine.precision=fp32") for movement in fine_tunes),
+        trained(demo.ARTIST, f"data.sources.draw.dataset.path={codes}", "engine.precision=fp32"),
     ]
     ends = {None: 7, "vq.py": 1, "tokenize": 2, "export": 4, "lora.py": 6}[fails]
     assert commands[:7] == expected[:ends]

@@ -99,6 +99,14 @@ def test_other_weights_have_another_digest(run: Path, tmp_path: Path) -> None:
     assert digest(opened.model) != opened.digest
 
 
+def test_the_same_tensors_with_another_rule_have_another_digest(tmp_path: Path) -> None:
+    rule = ("quantizer@model.quantizer=vq", "model.quantizer.num_codes=32", "model.quantizer.dim=4")
+    plain = make_tokenizer(tmp_path / "plain", *rule)
+    unit = make_tokenizer(tmp_path / "unit", *rule, "model.quantizer.l2_normalize=true")
+    assert all(map(torch.equal, plain.state_dict().values(), unit.state_dict().values()))
+    assert digest(plain) != digest(unit)
+
+
 @pytest.mark.slow
 def test_emu3s_tokenizer_is_read_from_a_run_and_as_published(tmp_path: Path) -> None:
     shape = ("quantizer@model.quantizer=emu3", "model.quantizer.num_codes=64")

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from cantata.core.errors import ConfigError, RunError
+from cantata.parallel import fsdp
 from cantata.parallel.materialize import RandomInit
 from cantata.parallel.mesh import MeshConfig, build_mesh
 from cantata.parallel.recompute import Recompute
@@ -104,7 +106,7 @@ def test_state_names_are_the_contracts() -> None:
 
 def test_loading_replaces_what_an_evaluation_left_gathered() -> None:
     # Tied, the embedding belongs to the root, which stays gathered after a forward without backward.
-    engine, other = build_engine(seed=0, tied=True), build_engine(seed=1, tied=True)
+    engine, other = (build_engine(seed=seed, tied=True, precision="bf16") for seed in (0, 1))
     with torch.no_grad():
         before = engine.model(BATCH).loss_sum
         wanted = other.model(BATCH).loss_sum
@@ -115,7 +117,7 @@ def test_loading_replaces_what_an_evaluation_left_gathered() -> None:
 
 
 def test_state_is_whole_after_an_evaluation() -> None:
-    engine = build_engine()
+    engine = build_engine(precision="bf16")
     with torch.no_grad():
         engine.model(BATCH)
     engine.forward_backward(BATCH, NextToken(BALANCE), TOTALS, last=True)
@@ -125,6 +127,26 @@ def test_state_is_whole_after_an_evaluation() -> None:
         engine.model(BATCH)
     kinds = {type(value).__name__ for name, value in engine.state_dict().items() if name.endswith(".weight")}
     assert kinds == {"DTensor"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_rank_learns_the_same_without_shards(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = build_engine(tied=tied)
+    monkeypatch.setattr(fsdp, "_computes_as_kept", lambda model, sharding: False)
+    sharded = build_engine(tied=tied)
+    for _ in range(3):
+        for engine in (whole, sharded):
+            engine.forward_backward(BATCH, NextToken(BALANCE), TOTALS, last=False)
+            engine.forward_backward(BATCH, NextToken(BALANCE), TOTALS, last=True)
+        assert whole.gradient_norm(0.1) == sharded.gradient_norm(0.1)
+        whole.step(1.0)
+        sharded.step(1.0)
+    states = whole.state_dict(), sharded.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert not isinstance(value, DTensor)
+        held = states[1][name]
+        assert torch.equal(value, held.full_tensor() if isinstance(held, DTensor) else held), name
 
 
 def test_a_foreign_state_is_refused() -> None:

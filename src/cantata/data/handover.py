@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from cantata.core.errors import ConfigError, RunError
@@ -23,6 +24,22 @@ def leave_signals_to_the_trainer(worker: int) -> None:
 
 def unchanged(item: Any) -> Any:
     return item
+
+
+def received(items: Iterator[Any], *, has_workers: bool) -> Any:
+    """The next item of a `DataLoader`, see `arrived`.
+
+    Raises `RunError` where a worker was killed, and `StopIteration` at the end.
+    """
+    try:
+        item = next(items)
+    except (RuntimeError, OSError, EOFError) as error:
+        if not has_workers:
+            raise
+        # Which one depends on where the worker died.
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(f"a data worker ended ({cause}); did it run out of memory?") from error
+    return arrived(item)
 
 
 def arrived(item: Any) -> Any:

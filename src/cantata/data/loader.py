@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from cantata.core.errors import CantataError, ConfigError, RunError
+from cantata.core.errors import CantataError, ConfigError
 from cantata.core.samples import PixelSample, Sample
 from cantata.core.types import MicroBatch, RowInfo
 from cantata.data.ahead import one_ahead, repeated
 from cantata.data.collate.base import Collator
 from cantata.data.drops import sum_drops, sum_reads
-from cantata.data.handover import Failure, arrived, leave_signals_to_the_trainer, unchanged
+from cantata.data.handover import Failure, leave_signals_to_the_trainer, received, unchanged
 from cantata.data.order import BLOCK, Order
 from cantata.data.reading import Drop, Reader, Source
 from cantata.data.rows import RowMaker, check_states
@@ -253,15 +253,8 @@ class Loader:
         sources = [iter(self._prefetched(streams[worker::workers])) for worker in range(workers)]
         try:
             for turn in count():
-                try:
-                    item = next(sources[turn % len(streams) % workers])
-                except (RuntimeError, OSError, EOFError) as error:
-                    if not self._num_workers:
-                        raise
-                    # Which one depends on where the worker died.
-                    cause = (str(error) or type(error).__name__).splitlines()[0]
-                    raise RunError(f"a data worker ended ({cause}); did it run out of memory?") from error
-                yield arrived(item)
+                source = sources[turn % len(streams) % workers]
+                yield received(source, has_workers=self._num_workers > 0)
         finally:
             # A traceback that is kept would keep the workers too, and with them the process.
             sources.clear()

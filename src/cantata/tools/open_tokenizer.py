@@ -27,7 +27,7 @@ class OpenedTokenizer(NamedTuple):
 
     model: ImageTokenizer
     digest: str
-    """Of its weights' and tables' names, shapes and bytes."""
+    """Of its quantiser's rule and its weights' and tables' names, shapes and bytes."""
 
 
 def open_tokenizer(path: Path, device: torch.device) -> OpenedTokenizer:
@@ -45,7 +45,8 @@ def open_tokenizer(path: Path, device: torch.device) -> OpenedTokenizer:
 
 def digest(model: nn.Module) -> str:
     """Equal for tokenizers that make the same codes."""
-    found = hashlib.blake2b(digest_size=16)
+    assert isinstance(model, ImageTokenizer)
+    found = hashlib.blake2b(f"{model.quantizer.rule}\n".encode(), digest_size=16)
     # Tables that follow from the config are in no checkpoint, and codes follow from them.
     tensors = dict(persistent_tensors(model)) | dict(model.named_buffers())
     for name, tensor in sorted(tensors.items()):

@@ -27,12 +27,13 @@ from cantata.core.schema import slot
 from cantata.data.assembly import build_sources
 from cantata.data.collate.pixels import ImageCollator
 from cantata.data.config import ImageDataConfig
-from cantata.data.handover import Failure, arrived, leave_signals_to_the_trainer, unchanged
+from cantata.data.handover import Failure, arrived, leave_signals_to_the_trainer, received, unchanged
 from cantata.data.reading import Drop, Reader
 from cantata.data.tokenized import MANIFEST, SCHEMA, read_manifest
 from cantata.models.protocol import ImageTokenizer
 from cantata.tools.open_tokenizer import OpenedTokenizer, open_tokenizer
 from cantata.tools.tokenizing import Tokenizing, visual
+from cantata.train.run_lock import RunLock
 
 ROWS_A_GROUP = 16
 """Examples that are read together, where one is wanted."""
@@ -116,7 +117,14 @@ def tokenize(config: TokenizeConfig) -> int:
     reader = Reader(sources, lambda example, key: visual(example, collator), 1, "data.sources")
     sizes = {name: len(source.dataset) for name, source in sources.items()}
     shards = {name: _shards(config, name, size) for name, size in sizes.items()}
-    _claim(config.out, _manifest(config, opened, collator, sizes))
+    with _claimed(config.out, _manifest(config, opened, collator, sizes)):
+        return _make(config, opened, reader, shards)
+
+
+def _make(
+    config: TokenizeConfig, opened: OpenedTokenizer, reader: Reader, shards: dict[str, list[Shard]]
+) -> int:
+    """This rank's share of the shards, and what all ranks did; returns 0."""
     began, made, tally = time.monotonic(), 0, Tally(Counter(), defaultdict(Counter))
     everything = [shard for part in shards.values() for shard in part]
     for shard in everything[dist.rank() :: dist.world_size()]:
@@ -124,6 +132,7 @@ def tokenize(config: TokenizeConfig) -> int:
             tally.add(shard, _left_out(shard.path))
         else:
             made += _write(shard, opened.model, reader, config, tally)
+    examples = sum(len(shard.indices) for shard in everything)
     dropped = sum(tally.left_out.values(), Counter[str]())
     [total] = dist.all_reduce_sum([float(made)])
     everywhere = sum(
@@ -133,7 +142,7 @@ def tokenize(config: TokenizeConfig) -> int:
         seconds = time.monotonic() - began
         console = Console(highlight=False, soft_wrap=True)
         console.print(
-            f"{config.out}: {sum(sizes.values()):,} examples in {len(everything)} shards; {int(total):,} "
+            f"{config.out}: {examples:,} examples in {len(everything)} shards; {int(total):,} "
             f"made now ({total / max(seconds, 1e-9):.0f} a second), tokenizer {opened.digest[:12]}"
         )
         for reason, number in sorted(everywhere.items()):
@@ -180,7 +189,8 @@ def _read(reader: Reader, shard: Shard, data: ImageDataConfig) -> Generator[tupl
         )
     )
     try:
-        for index, item in items:
+        for _ in shard.indices:
+            index, item = received(items, has_workers=has_workers)
             yield index, arrived(item)
     finally:
         # A traceback that is kept would keep the workers too.
@@ -228,6 +238,19 @@ def _manifest(
             for name, size in sizes.items()
         },
     }
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, manifest: dict[str, Any]) -> Generator[None, None, None]:
+    """Hold the folder for this launch's ranks; `ConfigError` where another does, or made other codes."""
+    with contextlib.ExitStack() as closing:
+        if dist.is_main():
+            try:
+                closing.callback(RunLock(out).release)
+            except OSError as error:
+                raise ConfigError(f"out={out} cannot be written ({error.strerror or error})") from error
+        _claim(out, manifest)
+        yield
 
 
 def _claim(out: Path, manifest: dict[str, Any]) -> None:

@@ -68,8 +68,8 @@ def evaluate(
     model.train()
     if not totals:
         raise RunError(
-            "evaluation: every held-out sample was left out (unreadable, or longer than "
-            "train.sequence_length); mend data.held_out, or set train.eval_every=0"
+            "evaluation: every held-out sample was left out (unreadable, or longer than a row); "
+            "mend data.held_out, or set train.eval_every=0"
         )
     own = objective.measured(totals) if isinstance(objective, Measures) else {}
     return evaluation_metrics(totals) | own | by_source

@@ -125,9 +125,9 @@ class FSDP2Engine:
         self, batch: MicroBatch, objective: Objective, totals: StepTotals, *, last: bool
     ) -> dict[str, Tensor]:
         """See `Engine`."""
-        root = self._root()
-        root.set_is_last_backward(last)
-        root.set_requires_all_reduce(last)
+        if isinstance(self.model, FSDPModule):
+            self.model.set_is_last_backward(last)
+            self.model.set_requires_all_reduce(last)
         loss = objective(self.model, batch, totals)
         loss.value.backward()  # type: ignore[no-untyped-call]
         return loss.sums
@@ -191,10 +191,6 @@ class FSDP2Engine:
         """Drop what an evaluation left gathered: it would go on with the old values."""
         for module in sharded_modules(self.model):
             module.reshard()
-
-    def _root(self) -> FSDPModule:
-        assert isinstance(self.model, FSDPModule)
-        return self.model
 
 
 def _start_adam(optimizer: torch.optim.Optimizer) -> None:

@@ -129,6 +129,9 @@ def layout_of(engine: Mapping[str, Any], optimizer: OptimizerPartial, mesh: Mesh
     else:
         state_dtype = StateDtype(engine["state_dtype"])
         layout = fsdp2_layout(precision, state_dtype, offload, mesh.dp_shard, mesh.ep)
+        kept_as_computed = layout.weights.bytes_each == layout.compute_dtype.itemsize
+        if mesh.dp_replicate * mesh.dp_shard == 1 and kept_as_computed:
+            layout = replace(layout, gathers=False)
     if not (keeps_averages(optimizer) and layout.states.bytes_each):
         return layout
     return replace(layout, states=layout.states._replace(bytes_each=layout.states.bytes_each + FP32))

@@ -48,6 +48,11 @@ class Quantizer(nn.Module, ABC):
     num_codebooks: int = 1
     """R: codes that a row becomes."""
 
+    @property
+    def rule(self) -> str:
+        """What besides tensors decides which code a row gets."""
+        return type(self).__name__
+
     @abstractmethod
     def forward(self, z_ND: Tensor) -> Quantized:
         """Quantise the rows of a micro-batch."""

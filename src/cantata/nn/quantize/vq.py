@@ -56,6 +56,10 @@ class VectorQuantizer(Quantizer):
         self.gradient = gradient
         self.codebook_KD = nn.Parameter(torch.empty(num_codes, dim))
 
+    @property
+    def rule(self) -> str:
+        return f"{super().rule} of rows of length 1" if self.l2_normalize else super().rule
+
     def forward(self, z_ND: Tensor) -> Quantized:
         with fp32(z_ND.device):
             rows_ND, codes_KD = z_ND.float(), self._codes()
