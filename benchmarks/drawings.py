@@ -34,6 +34,7 @@ from cantata.infer.reconstructions import sheet
 from cantata.infer.sampling import SamplingConfig
 from cantata.nn.perceptual.mobilenet import MobileNetV2
 from cantata.tools.coded import Coder
+from cantata.tools.demo import faster_precision
 from cantata.tools.open_model import OpenedModel, load, open_model
 from cantata.train.reconstruction import normalise
 
@@ -64,10 +65,11 @@ def train(runs: Path, quick: bool) -> None:
     """What is in the folder already goes on, or is done at once."""
     short = QUICK if quick else ()
     codes = f"data.sources.draw.dataset.path={runs / 'codes'}"
+    precision = f"engine.precision={faster_precision()}"
     for command in (
         ("vq", "experiment=emoji_vq", f"out={runs / 'vq'}", *short),
         ("tokenize", f"tokenizer={runs / 'vq'}", f"out={runs / 'codes'}"),
-        ("pretrain", "experiment=emu3_mini", f"out={runs / 'emu3'}", codes, *short),
+        ("pretrain", "experiment=emu3_mini", f"out={runs / 'emu3'}", codes, precision, *short),
     ):
         subprocess.run([sys.executable, "-m", "cantata", *command], check=True)
 
@@ -113,6 +115,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, metavar="DIR", help="keep the runs there (default: nowhere)")
     parser.add_argument("--names", type=int, default=100, help="of each split (%(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="how much the name counts (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.4, help="of the codes (%(default)s)")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="save real emoji above drawn ones")
     parser.add_argument("--quick", action="store_true", help="two steps and four names, to see that it works")
     given = parser.parse_args()
@@ -125,7 +128,7 @@ def main() -> None:
     generator = ImageGenerator(model, opened.collator, max_positions=opened.max_positions, max_open=16)
     sampling = SamplingConfig(
         max_new_tokens=1,
-        temperature=1.0,
+        temperature=given.temperature,
         top_k=64,
         top_p=1.0,
         repetition_penalty=1.0,

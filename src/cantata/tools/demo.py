@@ -51,14 +51,14 @@ class Movement(NamedTuple):
 
 
 # In so few steps the rate must stay high for as long as it can.
-SHORT = ("train.max_steps=170", "train.eval_every=170", "schedule=wsd", "schedule.decay_steps=30")
+SHORT = ("train.max_steps=600", "train.eval_every=600", "schedule.warmup_steps=60", "schedule.decay_steps=250")
 TOKENIZER = Movement("vq", "vq", "emoji_vq", SHORT)
 TRAINED = (
     Movement("pretrain", "pretrain", "aria_mini", ("train.max_steps=75", "train.eval_every=75")),
     Movement("sft", "sft", "emoji_sft", ("train.max_steps=45", "train.eval_every=45")),
     Movement("lora", "lora", "emoji_lora", ("train.max_steps=40", "train.eval_every=40")),
 )
-ARTIST = Movement("emu3", "pretrain", "emu3_mini", ("train.max_steps=70", "train.eval_every=70"))
+ARTIST = Movement("emu3", "pretrain", "emu3_mini", ("train.max_steps=400", "train.eval_every=400"))
 
 
 def main(argv: Sequence[str]) -> int:
