@@ -19,7 +19,6 @@ from tests.data.helpers import mini_processor
 from tests.models.mllama.mixed import KINDS, collator, encoded, mixed_batch, mixed_layout, mixed_mllama
 from tests.models.mllama.small import small_layout, small_mllama, small_processor
 
-
 GRADIENT_BOUND = 3e-6
 """Of gradients: norms and softmaxes take differences of what was rounded already."""
 

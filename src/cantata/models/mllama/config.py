@@ -10,7 +10,7 @@ from cantata.core.errors import ConfigError
 from cantata.nn.rope import Llama3Scaling
 
 PADDING_MULTIPLE = 8
-"""The tower fills up each tile's positions to a multiple of this."""
+"""The tower fills up each tile's positions to a multiple of this; no square of patches needs no filling."""
 EXTRA_EMBEDDINGS = 8
 """Rows of the embedding beyond the vocabulary: the image token's, and a few that nothing uses."""
 
@@ -54,12 +54,6 @@ class MllamaVisionConfig:
     def __post_init__(self) -> None:
         _check_divides(self, "vision", "num_attention_heads", "hidden_size")
         _check_divides(self, "vision", "patch_size", "image_size")
-        if self.positions % PADDING_MULTIPLE == 0:
-            raise ConfigError(
-                f"model.vision: image_size={self.image_size} and patch_size={self.patch_size} make "
-                f"{self.positions} positions of a tile, a multiple of {PADDING_MULTIPLE}: transformers would "
-                "hide all of them from each other; change either"
-            )
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if len(values) != self.num_channels or (name == "image_std" and not all(v > 0 for v in values)):
