@@ -156,6 +156,17 @@ class EmbedsTokens(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsAcross(Protocol):
+    """A model whose text reads images by cross attention: an image is one token, and who reads which follows
+    from where they stand."""
+
+    @property
+    def patches_per_image(self) -> int:
+        """Most patches that an image has; 0 for a model of text alone."""
+        ...
+
+
 class DecodingStep(Protocol):
     """One forward of a generation: how its layers attend, and where their keys and values are kept."""
 

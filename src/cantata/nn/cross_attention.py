@@ -156,9 +156,8 @@ class ImageReading:
         return self._rows([group for group in last if group is not None]), Segments(counts)
 
     def _crowd(self, group: Group) -> _Crowd:
-        counts = torch.tensor([self._readable[image] for image in group.images])
-        image_F = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        visible_RF = image_F <= torch.arange(len(counts) - 1)[:, None]
+        image_F = Segments(tuple(self._readable[image] for image in group.images)).ids()
+        visible_RF = image_F <= torch.arange(len(group.images) - 1)[:, None]
         return _Crowd(self._rows([group]), visible_RF.to(self._device, non_blocking=True))
 
     def _count(self, images: range) -> int:

@@ -209,6 +209,11 @@ class Mllama(nn.Module):
     def token_embedding(self) -> nn.Module:
         return self.text.embed_tokens
 
+    @property
+    def patches_per_image(self) -> int:
+        vision = self.vision_config
+        return 0 if vision is None else vision.max_num_tiles * vision.patches
+
     def check_processor(self, processor: Processor) -> None:
         """Raise `ConfigError` where `collator.processor` makes what this model cannot read."""
         wanted = {"image_token": (processor.image_token_id, self.image_token_id, "model.image_token_id")}

@@ -14,8 +14,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cantata.core.types import Images, Segments
@@ -37,22 +39,20 @@ class TileLayout:
 
     def __init__(self, config: MllamaVisionConfig, tiles: Sequence[int], device: torch.device) -> None:
         real, padded, most = config.positions, config.padded_positions, config.max_num_tiles
-        place_IMN = torch.arange(len(tiles) * most * padded).view(len(tiles), most, padded)
-        is_real_IM1 = (
-            torch.arange(most)[:, None] < torch.tensor(list(tiles), dtype=torch.int64)[:, None, None]
-        )
-        is_real_IMN = is_real_IM1 & (torch.arange(padded) < real)
-        order_X = torch.cat((place_IMN[is_real_IMN], place_IMN[~is_real_IMN]))
+        # By numpy on the host: nothing here may look at values of tensors (see `train.dry_run`).
+        place_IMN = np.arange(len(tiles) * most * padded).reshape(len(tiles), most, padded)
+        is_real_IM = np.arange(most) < np.array(tiles, dtype=np.int64)[:, None]
+        is_real_IMN = is_real_IM[:, :, None] & (np.arange(padded) < real)
+        order_X = np.concatenate((place_IMN[is_real_IMN], place_IMN[~is_real_IMN]))
         lengths = tuple(count * real for count in tiles)
         total = most * padded
         self.num_real = sum(lengths)
         self.real = Segments(lengths)
-        self.order_X = order_X.to(device, non_blocking=True)
+        self.order_X = _on(order_X, device)
         """From rows laid out here to those of (I, M, N)."""
-        self.back_X = torch.argsort(order_X).to(device, non_blocking=True)
+        self.back_X = _on(np.argsort(order_X), device)
         """From rows of (I, M, N) to those laid out here."""
-        self.tile_index = place_IMN[:, :, 0][is_real_IM1[..., 0]].div(padded, rounding_mode="floor")
-        self.tile_index = self.tile_index.to(device, non_blocking=True)
+        self.tile_index = _on(np.flatnonzero(is_real_IM), device)
         """Of each real tile, its place among (I, M)."""
         everything = Segments((total,) * len(tiles))
         padding = Segments(tuple(total - length for length in lengths))
@@ -232,8 +232,10 @@ class VisionTower(nn.Module):
         features_FC = torch.cat((x_XD[:kept], between), dim=-1)
         if not padded_tiles:
             return TowerOutput(features_FC, layout.real, layout.real.lengths)
-        index_F, features = _with_padded_tiles(config, tiles)
-        rows_F = layout.back_X[index_F.to(layout.back_X.device)]
+        # Without the positions that fill up tiles; an image's real tiles are its first.
+        is_kept_X = np.arange(len(layout.order_X)) % config.padded_positions < config.positions
+        rows_F = layout.back_X.index_select(0, _on(np.flatnonzero(is_kept_X), layout.back_X.device))
+        features = Segments((config.max_num_tiles * config.positions,) * len(tiles))
         return TowerOutput(features_FC.index_select(0, rows_F), features, layout.real.lengths)
 
     def _tiles(self, patches: int) -> int:
@@ -246,6 +248,10 @@ class VisionTower(nn.Module):
         return tiles
 
 
+def _on(index: NDArray[np.int64], device: torch.device) -> Tensor:
+    return torch.tensor(index, dtype=torch.int64).to(device, non_blocking=True)
+
+
 def position_id(canvas_id: int, config: MllamaVisionConfig) -> int:
     """The position id of the first patch of an image on a canvas; those of its other patches follow."""
     return canvas_id * config.max_num_tiles * config.patches
@@ -256,11 +262,3 @@ def canvases_of(images: Images, config: MllamaVisionConfig) -> Tensor:
     first_I = images.patches.offsets(images.position_ids_P.device)[:-1]
     ids_I = images.position_ids_P.index_select(0, first_I)
     return ids_I.div(config.max_num_tiles * config.patches, rounding_mode="floor")
-
-
-def _with_padded_tiles(config: MllamaVisionConfig, tiles: Sequence[int]) -> tuple[Tensor, Segments]:
-    """Rows of (I, M, N) without the positions that fill up tiles; an image's real tiles are its first."""
-    count, most = len(tiles), config.max_num_tiles
-    padded = config.padded_positions
-    place_IMN = torch.arange(count * most * padded).view(count, most, padded)
-    return place_IMN[:, :, : config.positions].flatten(), Segments((most * config.positions,) * count)
