@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cantata.core.errors import ConfigError
+from cantata.core.errors import ConfigError, RunError
 from cantata.core.samples import Sample
 from cantata.core.types import IMAGE, VIDEO, Batch, ModelOutput
 from cantata.models.mllama import Masking, Mllama
@@ -191,7 +191,7 @@ def test_text_alone_freezes_what_reads_images_and_takes_none() -> None:
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen
     assert all(name.startswith(("text.layers.1.", "text.layers.3.")) for name in frozen)
-    with pytest.raises(ValueError, match="no vision tower"):
+    with pytest.raises(RunError, match="4 images, and the model has no vision tower"):
         model(mixed_batch(encoded("video")))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -71,6 +72,18 @@ def test_what_is_cut_can_be_joined_again(width: int, height: int) -> None:
     assert np.array_equal(whole[: size[1], : size[0]], resized)
     assert not whole[size[1] :].any()
     assert not whole[:, size[0] :].any()
+
+
+def test_torchs_resampling_is_two_levels_off_at_most() -> None:
+    """What transformers resizes with where torchvision is installed; noise is the worst of images."""
+    for width, height, size in ((130, 90, (112, 56)), (40, 70, (224, 150)), (300, 200, (31, 40))):
+        image = picture(0, width, height)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        made = F.interpolate(pixels, size=size[::-1], mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+        resized = torch.from_numpy(np.array(image.resize(size, Image.Resampling.BILINEAR)))
+        difference = (made.int() - resized.int()).abs()
+        assert difference.max() <= 2
+        assert (difference > 0).float().mean() < 0.05
 
 
 def test_an_image_without_pixels() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cantata.core.errors import ConfigError
+from cantata.core.errors import ConfigError, RunError
 from cantata.core.samples import Processor
 from cantata.core.types import Batch, ModelOutput, Segments
 from cantata.models.lora import base_names
@@ -29,8 +29,6 @@ from cantata.nn.head import LanguageHead
 from cantata.nn.matmul import Linear
 from cantata.nn.moe.layer import MoELayer
 from cantata.nn.rope import rotary_tables
-
-_NO_TOWER = "the model has no vision tower; text alone, or set model.vision"
 
 
 class Mllama(nn.Module):
@@ -83,7 +81,7 @@ class Mllama(nn.Module):
 
         With a step of a generation: only the logits after each sample, (S, V); see `protocol.Decodes`.
 
-        Raises `ValueError` for images where there is no tower.
+        Raises `RunError` for images where there is no tower.
         """
         x_TD = self.text.embed_tokens(batch.input_ids_T)
         features_FD, reading = self._images(batch, x_TD, step)
@@ -106,7 +104,10 @@ class Mllama(nn.Module):
         images = batch.images
         if self.vision is None or self.projector is None:
             if images.patches.lengths:
-                raise ValueError(_NO_TOWER)
+                raise RunError(
+                    f"{len(images.patches.lengths)} images, and the model has no vision tower "
+                    f"(model.vision=null): {batch.describe()}"
+                )
             return none_FD, ImageReading(
                 batch.samples, (), Segments(()), (), before=False, device=x_TD.device
             )
