@@ -35,11 +35,12 @@ TINY = (
     "data.num_workers=0",
     "schedule.warmup_steps=1",
 )
+WITHOUT_TOWER = [one for one in TINY if "model.vision." not in one]
 FINE_TUNE = (*TINY, "accuracy.samples=2", "accuracy.max_new_tokens=2", "train.max_steps=2")
 ADAPTER = (
-    'parameters={"text.*":{learning_rate:null,weight_decay:null,frozen:true},'
-    '"head.*":{learning_rate:null,weight_decay:null,frozen:true},'
-    '"text.layers.1.*":{learning_rate:null,weight_decay:null,frozen:false}}'
+    "+parameters={text.*: {learning_rate: null, weight_decay: null, frozen: true},"
+    " head.*: {learning_rate: null, weight_decay: null, frozen: true},"
+    " text.layers.1.*: {learning_rate: null, weight_decay: null, frozen: false}}"
 )
 
 
@@ -96,8 +97,14 @@ def test_the_run_and_what_is_published_answer_alike(made: Made, capsys: pytest.C
 
 def test_text_alone_from_the_same_folder(made: Made, tmp_path: Path) -> None:
     """Without its tower the published model is fine-tuned on texts, and published for text alone."""
-    text = ("data=text", "data.sources.text.dataset.path=embedded:tinyshakespeare.txt", "model.vision=null")
-    given = (*[one for one in TINY if "model.vision." not in one], *text, "train.max_steps=2")
+    lines = (json.dumps({"text": f"Two households, number {i}"}) for i in range(40))
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    text = (
+        f"data.sources.text.dataset.path={tmp_path / 'text.jsonl'}",
+        "data.streams=2",
+        "model.vision=null",
+    )
+    given = (*WITHOUT_TOWER, "data=text", "data.num_workers=0", *text, "train.max_steps=2")
     assert run("pretrain", *given, f"model.weights={made.hub}", f"out={tmp_path / 'text'}") == 0
     assert cli.main(["export", str(tmp_path / "text"), "--to", str(tmp_path / "hub")]) == 0
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
@@ -107,8 +114,8 @@ def test_text_alone_from_the_same_folder(made: Made, tmp_path: Path) -> None:
 def test_images_without_a_tower_end_a_run_with_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    given = (*[one for one in TINY if "model.vision." not in one], "model.vision=null", "train.max_steps=1")
-    assert run("pretrain", *given, f"out={tmp_path / 'text'}") == 1
+    given = ("model.vision=null", "train.max_steps=1")
+    assert run("pretrain", *WITHOUT_TOWER, *given, f"out={tmp_path / 'text'}") == 1
     assert "the model has no vision tower (model.vision=null)" in capfd.readouterr().err.splitlines()[-1]
 
 
