@@ -1,11 +1,12 @@
 """A training step of Mllama, tower included: ours against transformers', in one process, in turn.
 
-    python benchmarks/mllama_step.py [--quick] [--processor-time]
+    python benchmarks/mllama_step.py [--quick] [--processor-time] [--fp32]
 
-Both hold the same weights, in fp32 (bf16 on a GPU); both use fused AdamW and SDPA. Two questions: tokens per
-second of a step on rows of one length, each with an image of one to four tiles; and useful tokens per second
-on the embedded set's real lengths, emoji with their names and texts without images, ours packed, the peer's
-padded to the longest row, an image for each, and four tiles for each image.
+Positions of an image are four times the tower's width, as in the published model they are five times. Both
+hold the same weights, in bf16 or with --fp32 in that; both use fused AdamW and SDPA. Two questions: tokens
+per second of a step on rows of one length, each with an image of one to four tiles; and useful tokens per
+second on the embedded set's real lengths, emoji with their names and texts without images, ours packed, the
+peer's padded to the longest row, an image for each, and four tiles for each image.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from cantata.parallel.materialize import RandomInit, materialize
 from cantata.tools.verify_mllama import image_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 IMAGE_TOKEN, PAD = 9, 1
 VISION = MllamaVisionConfig(
     hidden_size=256,
@@ -40,7 +40,7 @@ VISION = MllamaVisionConfig(
     num_hidden_layers=4,
     num_global_layers=2,
     num_attention_heads=4,
-    image_size=112,
+    image_size=224,
     patch_size=14,
     num_channels=3,
     max_num_tiles=4,
@@ -70,7 +70,7 @@ TEXT = MllamaTextConfig(
 )
 
 
-def our_model() -> Mllama:
+def our_model(dtype: torch.dtype) -> Mllama:
     with torch.device("meta"):
         model = Mllama(VISION, TEXT, IMAGE_TOKEN, Masking.meta)
     materialize(model, RandomInit(model, 0), DEVICE)
@@ -78,15 +78,16 @@ def our_model() -> Mllama:
         for name, parameter in model.named_parameters():
             if name.endswith("gate"):
                 parameter.fill_(0.5)
-    return model.to(DTYPE).train()
+    return model.to(dtype).train()
 
 
 def peer_model(ours: Mllama) -> nn.Module:
     """transformers' model with our weights."""
     layout = ours.hub_layout()
+    dtype = next(ours.parameters()).dtype
     config: Any = MllamaConfig.from_dict(layout.hub_config())
     config.text_config.use_cache = False
-    model = MllamaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=DTYPE)
+    model = MllamaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=dtype)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             peer = model.get_parameter(layout.transformers_name(name))
@@ -139,7 +140,7 @@ def peer_step(model: nn.Module, samples: Sequence[Sample]) -> Callable[[], float
     longest = max(map(len, samples))
     rows = [padded(sample, longest) for sample in samples]
     inputs = {key: torch.cat([row[key] for row in rows]).to(DEVICE) for key in rows[0]}
-    inputs["pixel_values"] = inputs["pixel_values"].to(DTYPE)
+    inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
     return trained(model, lambda: model(**inputs).loss)
 
 
@@ -178,7 +179,7 @@ def full_rows(count: int, length: int) -> list[Sample]:
     """Rows of one length, each an image of one, two or four tiles and text that begins behind it."""
     random, processor = np.random.default_rng(0), collator().processor
     samples = []
-    for size in ((112, 112), (200, 100), (224, 224), (112, 90))[:count]:
+    for size in ((224, 224), (400, 200), (448, 448), (224, 180))[:count]:
         pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         sample = processor.encode(Document((Image.fromarray(pixels), "x")), "row:0")
         words = random.integers(16, TEXT.vocab_size, length - len(sample)).astype(np.int32)
@@ -210,12 +211,13 @@ def main() -> None:
     parser.add_argument(
         "--processor-time", action="store_true", help="for a machine that others use (CPU only)"
     )
+    parser.add_argument("--fp32", action="store_true", help="all in fp32")
     options = parser.parse_args()
     pairs, length, count = (3, 128, 9) if options.quick else (7, 512, 24)
     clock = time.process_time if options.processor_time else time.perf_counter
     print(harness.environment())
 
-    ours = our_model()
+    ours = our_model(torch.float32 if options.fp32 else torch.bfloat16)
     peer = peer_model(ours)
     samples = full_rows(4, length)
     mine, other = our_step(ours, samples), peer_step(peer, samples)

@@ -191,7 +191,7 @@ def test_text_alone_freezes_what_reads_images_and_takes_none() -> None:
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen
     assert all(name.startswith(("text.layers.1.", "text.layers.3.")) for name in frozen)
-    with pytest.raises(RunError, match="4 images, and the model has no vision tower"):
+    with pytest.raises(RunError, match="7 images, and the model has no vision tower"):
         model(mixed_batch(encoded("video")))
 
 

@@ -138,9 +138,11 @@ class VisionAttention(nn.Module):
         self.v_proj = Linear(size, size, bias=False)
         self.o_proj = Linear(size, size, bias=False)
 
-    def forward(self, x_XD: Tensor, attend: TileLayout) -> Tensor:
-        heads = (len(x_XD), x_XD.shape[-1] // self.head_dim, self.head_dim)
-        q, k, v = (proj(x_XD).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x_XD: Tensor, attend: TileLayout, kept: int | None = None) -> Tensor:
+        """What the first `kept` positions read, or all."""
+        heads = (-1, x_XD.shape[-1] // self.head_dim, self.head_dim)
+        inputs = ((self.q_proj, x_XD[:kept]), (self.k_proj, x_XD), (self.v_proj, x_XD))
+        q, k, v = (proj(x).view(heads) for proj, x in inputs)
         return self.o_proj(attend(q, k, v).flatten(-2))
 
 
@@ -160,9 +162,10 @@ class VisionBlock(nn.Module):
         for name in ("gate_attn", "gate_ffn"):
             self.register_parameter(name, nn.Parameter(torch.full((1,), math.pi / 4)) if gated else None)
 
-    def forward(self, x_XD: Tensor, attend: TileLayout) -> Tensor:
-        y_XD: Tensor = self.self_attn(self.input_layernorm(x_XD), attend)
-        x_XD = x_XD + (y_XD if self.gate_attn is None else self.gate_attn.tanh() * y_XD)
+    def forward(self, x_XD: Tensor, attend: TileLayout, kept: int | None = None) -> Tensor:
+        """The first `kept` positions, or all."""
+        y_XD: Tensor = self.self_attn(self.input_layernorm(x_XD), attend, kept)
+        x_XD = x_XD[:kept] + (y_XD if self.gate_attn is None else self.gate_attn.tanh() * y_XD)
         y_XD = self.mlp(self.post_attention_layernorm(x_XD))
         return x_XD + (y_XD if self.gate_ffn is None else self.gate_ffn.tanh() * y_XD)
 
@@ -226,8 +229,9 @@ class VisionTower(nn.Module):
             if index in config.intermediate_layers:
                 outputs[index] = x_XD[:kept]
         x_XD = self.between(x_XD, canvas_I, layout, config.padded_positions)
-        for layer in self.global_layers:
-            x_XD = layer(x_XD, layout)
+        for number, layer in enumerate(self.global_layers, start=1):
+            # Of the last one's outputs, those of padding are features of nothing.
+            x_XD = layer(x_XD, layout, kept if number == len(self.global_layers) else None)
         between = torch.stack([outputs[index] for index in config.intermediate_layers], dim=-1).flatten(-2)
         features_FC = torch.cat((x_XD[:kept], between), dim=-1)
         if not padded_tiles:
