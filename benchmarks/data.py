@@ -42,7 +42,8 @@ from cantata.data.reading import Reader, Source
 from cantata.data.sources import CaptionedImages, Dataset, TextDocuments
 from cantata.data.split import Split
 from cantata.models.aria.crops import Resampling
-from cantata.models.aria.processor import AriaProcessor, load_tokenizer
+from cantata.models.aria.processor import AriaProcessor
+from cantata.models.chat_processor import load_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 TOKENIZER = "embedded:tokenizer.json"

@@ -21,7 +21,8 @@ from cantata.core.config import Composed, compose, load
 from cantata.core.errors import ConfigError
 from cantata.core.locate import configs_dir, recipes_dir
 from cantata.core.target import TARGET, find_target
-from cantata.train.stage import WEIGHTS_WANTED, FineTuneStage, LanguageStage, LoRAStage, Stage
+from cantata.train.optim import parameter_groups
+from cantata.train.stage import WEIGHTS_WANTED, FineTuneStage, LanguageStage, LoRAStage, Stage, build_model
 from cantata.train.tokenizer_stage import TokenizerStage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,7 @@ STAGES: dict[str, type[Stage]] = {
 """Primary configs and their schemas."""
 FINE_TUNES = (
     *("emoji_sft", "nlvr_mini", "aria_nlvr2", "aria_refcoco", "aria_nextqa", "aria_code"),
-    *("emu3_t2i_sft", "emu3_i2t_sft"),
+    *("emu3_t2i_sft", "emu3_i2t_sft", "mllama_sft"),
 )
 """Experiments of `sft`; those that end in `_lora` are `lora`'s and all others `pretrain`'s."""
 MADE_UP = "made-up"
@@ -142,6 +143,22 @@ def test_the_fine_tunes_of_aria_follow_their_authors() -> None:
         assert stage.schedule["warmup_steps"] == max(1, round(0.01 * stage.train.max_steps))
         assert {pattern: rule.frozen for pattern, rule in stage.parameters.items()} == {"vision.*": True}
         assert stage.model["weights"] == WEIGHTS_WANTED
+
+
+def test_the_adapter_stage_of_mllama_trains_what_reads_images_alone() -> None:
+    stage = loaded("experiment=mllama_adapter")
+    model = build_model(stage)
+    parameter_groups(model, stage.parameters, 1e-3, 0.01)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    layers = tuple(f"text.layers.{i}." for i in stage.model["text"]["cross_attention_layers"])
+    wanted = ("vision.", "projector.", *layers)
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith(wanted)}
+    assert (stage.optimizer["lr"], stage.optimizer["weight_decay"]) == (1e-3, 0.01)
+
+
+def test_the_published_mllama_has_the_published_size() -> None:
+    model = build_model(loaded("model=mllama_11b"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 10_670_220_835
 
 
 @pytest.mark.parametrize("file", sorted(configs_dir().rglob("*.yaml")), ids=lambda file: file.stem)

@@ -53,6 +53,11 @@ def join(batches: Sequence[Batch]) -> Batch:
             Segments.concatenate(part.patches for part in images),
             Segments.concatenate(part.features for part in images),
             shifted([part.token_index_Q for part in images]),
+            tuple(
+                token + start
+                for part, start in zip(images, starts, strict=True)
+                for token in part.first_tokens
+            ),
         ),
         target_weight_N=weight_N,
     )

@@ -39,3 +39,7 @@ def test_blocks_equal_their_formulas() -> None:
     inner = x @ plain.fc1.weight.T + plain.fc1.bias
     inner = 0.5 * inner * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (inner + 0.044715 * inner**3)))
     torch.testing.assert_close(plain(x), inner @ plain.fc2.weight.T + plain.fc2.bias, rtol=1e-5, atol=1e-6)
+    exact = GELU(8, 12, 4, bias=True, approximate="none")
+    inner = x @ exact.fc1.weight.T + exact.fc1.bias
+    inner = 0.5 * inner * (1 + torch.erf(inner / 2**0.5))
+    torch.testing.assert_close(exact(x), inner @ exact.fc2.weight.T + exact.fc2.bias, rtol=1e-5, atol=1e-6)

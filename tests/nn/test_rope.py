@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
-from cantata.nn.rope import rotary_tables, rotate
+from cantata.core.errors import ConfigError
+from cantata.nn.rope import Llama3Scaling, rotary_tables, rotate
 
 
 def test_equals_a_complex_rotation() -> None:
@@ -34,3 +38,38 @@ def test_scores_depend_on_distance_alone() -> None:
         for a, b in ((5, 2), (13, 10))
     ]
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-5, atol=1e-5)
+
+
+def test_llama3_scaling_slows_long_waves_and_mixes_those_in_between() -> None:
+    """Frequency by frequency, as the wave's length decides."""
+    scaling, dim, theta = Llama3Scaling(8.0, 1.0, 4.0, 64), 16, 1e4
+    table = rotary_tables(torch.tensor([1]), dim, theta, torch.float32, scaling).cos_T1h[0, 0, : dim // 2]
+    kinds = set()
+    for i, found in enumerate(table.tolist()):
+        frequency = theta ** (-2 * i / dim)
+        length = 2 * math.pi / frequency
+        if length < 64 / 4:
+            kinds.add("kept")
+        elif length > 64 / 1:
+            kinds.add("slowed")
+            frequency /= 8
+        else:
+            kinds.add("mixed")
+            share = (64 / length - 1) / (4 - 1)
+            frequency = (1 - share) * frequency / 8 + share * frequency
+        assert found == pytest.approx(math.cos(frequency), abs=1e-6)
+    assert kinds == {"kept", "mixed", "slowed"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0.5, 1.0, 4.0, 64), "factor"),
+        ((8.0, 1.0, 4.0, 0), "original_max_position_embeddings"),
+        ((8.0, 4.0, 4.0, 64), "low_freq_factor"),
+        ((8.0, 0.0, 4.0, 64), "low_freq_factor"),
+    ],
+)
+def test_scaling_that_makes_no_sense(values: tuple[float, float, float, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Llama3Scaling(*values)

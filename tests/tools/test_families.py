@@ -8,10 +8,18 @@ from pathlib import Path
 import pytest
 
 from cantata.core.errors import ConfigError
-from cantata.tools.families import ARIA, EMU3, Family, family_of
+from cantata.tools.families import ARIA, EMU3, MLLAMA, Family, family_of
+
+KINDS = {
+    "aria": ARIA,
+    "emu3": EMU3,
+    "emu3_text_model": EMU3,
+    "mllama": MLLAMA,
+    "mllama_text_model": MLLAMA,
+}
 
 
-@pytest.mark.parametrize(("kind", "family"), [("aria", ARIA), ("emu3", EMU3), ("emu3_text_model", EMU3)])
+@pytest.mark.parametrize(("kind", "family"), KINDS.items())
 def test_a_folder_is_read_by_its_family(tmp_path: Path, kind: str, family: Family) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     assert family_of(tmp_path) is family

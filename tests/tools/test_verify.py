@@ -12,6 +12,7 @@ from cantata.models.hub import save_to_hub
 from cantata.tools import verify
 from tests.models.aria.small import small_aria, small_layout
 from tests.models.emu3.small import small_config, small_emu3
+from tests.models.mllama import small as mllama
 
 LAYOUT = small_layout()
 
@@ -67,3 +68,17 @@ def test_a_good_emu3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     save_to_hub(model, model.hub_layout(), tmp_path / "hub", 10**9)
     assert verify.main([str(tmp_path / "hub")]) == 0
     assert "21 gradients compared; equal to transformers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("vision", "gradients"), [("small", 135), (None, 0)])
+def test_a_good_mllama(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], vision: str | None, gradients: int
+) -> None:
+    """Compared with transformers' masking; of text alone, what reads images is frozen on either side."""
+    pytest.importorskip("transformers")
+    layout = mllama.small_layout(vision)
+    model = mllama.small_mllama(layout)
+    gradients = gradients or sum(parameter.requires_grad for parameter in model.parameters())
+    save_to_hub(model, layout, tmp_path / "hub", 10**9)
+    assert verify.main([str(tmp_path / "hub")]) == 0
+    assert f"{gradients} gradients compared; equal to transformers" in capsys.readouterr().out

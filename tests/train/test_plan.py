@@ -170,6 +170,20 @@ def test_images_take_half_of_a_row_where_they_are_trained_on() -> None:
         likely_batch(chosen, language_model(chosen))
 
 
+def test_of_a_model_that_reads_across_one_of_many_tokens_is_an_image() -> None:
+    """An image stands at the beginning of every 512 tokens, and has all its tiles."""
+    chosen = stage("experiment=mllama_mini", "train.micro_batch_size=2", "train.sequence_length=1100")
+    batch = likely_batch(chosen, language_model(chosen))
+    assert batch.images.first_tokens == (0, 512, 1100, 1612)
+    assert set(batch.images.features.lengths) == {1}
+    assert set(batch.images.patches.lengths) == {4 * 16}
+    alone = stage("experiment=mllama_mini", "model.vision=null")
+    assert likely_batch(alone, language_model(alone)).images.patches.lengths == ()
+    chosen.collator["processor"].pop("patch_size")
+    with pytest.raises(ConfigError, match=r"collator\.processor\.patch_size is not there"):
+        likely_batch(chosen, language_model(chosen))
+
+
 def test_adapters_beside_a_frozen_tower_are_trained_on_images_all_the_same() -> None:
     rule = "{learning_rate: null, weight_decay: null, frozen: true}"
     for frozen, images in (("vision.*",), 8), (("vision.*", "projector.*"), 0):

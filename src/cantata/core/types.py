@@ -80,6 +80,9 @@ class Images:
     """Features that the projector makes of each image."""
     token_index_Q: Tensor
     """Position in the packed tokens of each feature, int64."""
+    first_tokens: tuple[int, ...] = ()
+    """Position in the packed tokens of each image's first feature; on the host, for models whose text
+    attends to images by where they stand."""
 
 
 class RowInfo(NamedTuple):

@@ -94,7 +94,7 @@ def identify(dataset: Mapping[str, Any], size: int, processor: Processor) -> str
     digest.update(json.dumps([dataset, size, files], sort_keys=True, default=str).encode())
     digest.update(pickle.dumps(processor))
     digest.update(json.dumps([version(name) for name in LIBRARIES]).encode())
-    for source in sorted(_code(processor)):
+    for source in sorted(set(_code(processor))):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:32]
 
@@ -105,6 +105,8 @@ def _code(processor: Processor) -> Iterator[Path]:
     yield from data.rglob("*.py")
     yield from (data.parent / "core").glob("*.py")
     yield from Path(inspect.getfile(type(processor))).parent.glob("*.py")
+    bases = [base for base in type(processor).__mro__ if base.__module__.startswith("cantata.models.")]
+    yield from (Path(inspect.getfile(base)) for base in bases)
 
 
 def _files(node: Any) -> Iterator[Path]:

@@ -123,8 +123,8 @@ def _choose(
     ones: Sequence[Continuation], logits_BV: Tensor, config: SamplingConfig, image_token_id: int
 ) -> None:
     logits_BV = logits_BV.float()
-    if image_token_id >= 0:
-        # It would stand for an image that is not there.
+    if 0 <= image_token_id < logits_BV.shape[1]:
+        # It would stand for an image that is not there; some families' heads cannot write it.
         logits_BV[:, image_token_id] = -torch.inf
     seen_BV = None
     if config.repetition_penalty != 1:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cantata.core.samples import Processor
 from cantata.core.types import Batch, ModelOutput
 from cantata.nn.attention import Attend
+from cantata.nn.cross_attention import ImageReading, Reading
 from cantata.nn.moe.balance import BalanceConfig
 from cantata.nn.moe.layer import MoELayer
 from cantata.nn.quantize.base import Quantized, Quantizer
@@ -155,6 +156,17 @@ class EmbedsTokens(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsAcross(Protocol):
+    """A model whose text reads images by cross attention: an image is one token, and who reads which follows
+    from where they stand."""
+
+    @property
+    def patches_per_image(self) -> int:
+        """Most patches that an image has; 0 for a model of text alone."""
+        ...
+
+
 class DecodingStep(Protocol):
     """One forward of a generation: how its layers attend, and where their keys and values are kept."""
 
@@ -165,6 +177,10 @@ class DecodingStep(Protocol):
 
     def attention(self, layer: int) -> Attend:
         """What the self-attention of a layer, counted from 0, attends with in this forward."""
+        ...
+
+    def reading(self, layer: int, images: ImageReading | None) -> Reading:
+        """What the cross attention of a layer reads with; `images` is that of the prompts, in a prefill."""
         ...
 
 

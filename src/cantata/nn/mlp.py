@@ -49,12 +49,21 @@ class SwiGLU(nn.Module):
 
 
 class GELU(nn.Module):
-    """Two linear layers with the tanh approximation of GELU between them."""
+    """Two linear layers with GELU between them: the function itself, or its approximation by tanh."""
 
-    def __init__(self, in_features: int, intermediate_size: int, out_features: int, *, bias: bool) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        intermediate_size: int,
+        out_features: int,
+        *,
+        bias: bool,
+        approximate: str = "tanh",
+    ) -> None:
         super().__init__()
+        self.approximate = approximate
         self.fc1 = Linear(in_features, intermediate_size, bias=bias)
         self.fc2 = Linear(intermediate_size, out_features, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_TD), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(x_TD), approximate=self.approximate))

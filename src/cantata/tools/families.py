@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cantata.core.errors import ConfigError
-from cantata.models import aria, emu3
+from cantata.models import aria, emu3, mllama
 from cantata.models.aria import hub_reader as aria_reader
 from cantata.models.emu3 import hub_reader as emu3_reader
 from cantata.models.emu3.hf import MODEL_TYPES
 from cantata.models.hub import CONFIG, read_json
+from cantata.models.mllama import hub_reader as mllama_reader
+from cantata.models.mllama.hf import MODEL_TYPES as MLLAMA_TYPES
 
 
 class Family(NamedTuple):
@@ -27,7 +29,12 @@ class Family(NamedTuple):
 
 ARIA = Family(aria.aria_from_hub, aria_reader.read_processor)
 EMU3 = Family(emu3.emu3_from_hub, emu3_reader.read_processor)
-BY_TYPE = {"aria": ARIA, **dict.fromkeys(MODEL_TYPES, EMU3)}
+MLLAMA = Family(mllama.mllama_from_hub, mllama_reader.read_processor)
+BY_TYPE = {
+    "aria": ARIA,
+    **dict.fromkeys(MODEL_TYPES, EMU3),
+    **dict.fromkeys(MLLAMA_TYPES, MLLAMA),
+}
 """By `model_type`."""
 
 

@@ -21,6 +21,11 @@ from cantata.models.aria.vision import patch_position_ids
 from cantata.models.emu3.hf import MODEL_TYPES, Emu3Layout
 from cantata.models.emu3.model import Emu3, emu3_from_hub
 from cantata.models.hub import CONFIG, load_from_hub, read_json
+from cantata.models.mllama.config import Masking
+from cantata.models.mllama.hf import MODEL_TYPES as MLLAMA_TYPES
+from cantata.models.mllama.hf import MllamaLayout
+from cantata.models.mllama.model import Mllama, mllama_from_hub
+from cantata.tools import verify_mllama
 from cantata.tools.arguments import Parser
 
 LOGITS_BOUND = 1e-5
@@ -29,17 +34,18 @@ GRADIENT_BOUND = 1e-4
 """Largest errors allowed in fp32; a gradient's is relative to the largest value of its parameter's."""
 
 
-Layout = AriaLayout | Emu3Layout
+Layout = AriaLayout | Emu3Layout | MllamaLayout
+Model = Aria | Emu3 | Mllama
 
 
 class Sample(NamedTuple):
-    """One sequence; all its images are padded to one square, as transformers wants them."""
+    """One sequence; all its images are padded to one size, as transformers wants them."""
 
     input_ids: list[int]
     side: int
-    """Patches along the padded square."""
+    """Patches along the padded square, of Aria."""
     images: list[Tensor]
-    """Normalised pixels of each image's valid patches, (R, W, C)."""
+    """Normalised pixels of each image's valid patches, (R, W, C); of Mllama see `verify_mllama`."""
 
 
 class Check(NamedTuple):
@@ -57,12 +63,14 @@ class Check(NamedTuple):
 def synthetic_samples(layout: Layout, seed: int) -> list[Sample]:
     """Per projector entry one sample with two images of different shapes, and one of text alone.
 
-    For Emu3, whose images are tokens too, three of tokens alone.
+    For Emu3, whose images are tokens too, three of tokens alone; for Mllama see `verify_mllama.PLANS`.
     """
     generator = torch.Generator().manual_seed(seed)
     samples = [Sample(_tokens(layout, 9, generator), 0, [])]
     if isinstance(layout, Emu3Layout):
         return [*samples, *(Sample(_tokens(layout, length, generator), 0, []) for length in (4, 17))]
+    if isinstance(layout, MllamaLayout):
+        return [_mllama_sample(layout, plan, generator) for plan in verify_mllama.PLANS]
     for patches, features in layout.projector.patch_to_query.items():
         side = math.isqrt(patches)
         input_ids, images = _tokens(layout, 4, generator), []
@@ -71,6 +79,18 @@ def synthetic_samples(layout: Layout, seed: int) -> list[Sample]:
             input_ids += [layout.image_token_id] * features + _tokens(layout, 5, generator)
         samples.append(Sample(input_ids, side, images))
     return samples
+
+
+def _mllama_sample(layout: MllamaLayout, plan: Sequence[int], generator: torch.Generator) -> Sample:
+    """Text, then each image with a few words; without a tower text alone."""
+    input_ids, images = _tokens(layout, 4, generator), list[Tensor]()
+    if layout.vision is not None:
+        images = verify_mllama.random_images(layout.vision, plan, generator)
+    for number in range(len(images)):
+        # The last but one of several has no word of its own: they are read together.
+        words = 0 if 0 < number == len(images) - 2 else 5
+        input_ids += [layout.image_token_id, *_tokens(layout, words, generator)]
+    return Sample(input_ids, 0, images)
 
 
 def _tokens(layout: Layout, count: int, generator: torch.Generator) -> list[int]:
@@ -110,6 +130,9 @@ def pack(samples: Sequence[Sample], layout: Layout, padding: int = 0) -> Batch:
 def _pack_images(samples: Sequence[Sample], layout: Layout, token_index_Q: Tensor) -> Images:
     if isinstance(layout, Emu3Layout):
         return Images(torch.zeros(0, 0), token_index_Q, Segments(()), Segments(()), token_index_Q)
+    if isinstance(layout, MllamaLayout):
+        given = [image for sample in samples for image in sample.images]
+        return verify_mllama.pack_images(layout.vision, given, token_index_Q)
     images = [(sample.side, image) for sample in samples for image in sample.images]
     features = [layout.projector.patch_to_query[side**2] for side, _ in images]
     grid, no_patches = layout.vision.grid, torch.zeros(0, layout.vision.patch_values)
@@ -124,10 +147,13 @@ def _pack_images(samples: Sequence[Sample], layout: Layout, token_index_Q: Tenso
 
 
 def transformers_inputs(sample: Sample, layout: Layout) -> dict[str, Tensor]:
-    """The sample as `AriaForConditionalGeneration` or `Emu3ForCausalLM` takes it."""
+    """The sample as the family's class takes it."""
     input_ids = torch.tensor([sample.input_ids])
     labels = input_ids.masked_fill(input_ids == layout.image_token_id, IGNORE_INDEX)
     inputs = {"input_ids": input_ids, "labels": labels}
+    if sample.images and isinstance(layout, MllamaLayout) and layout.vision is not None:
+        token = layout.image_token_id
+        return inputs | verify_mllama.image_inputs(layout.vision, sample.input_ids, sample.images, token)
     if sample.images and isinstance(layout, AriaLayout):
         channels, size = layout.vision.num_channels, layout.vision.patch_size
         pixels = torch.zeros(len(sample.images), channels, sample.side * size, sample.side * size)
@@ -155,7 +181,7 @@ def run_transformers(model: Any, samples: Sequence[Sample], layout: Layout) -> t
     return loss.detach(), torch.cat(logits)
 
 
-def run_native(model: Aria | Emu3, samples: Sequence[Sample], layout: Layout) -> tuple[Tensor, Tensor]:
+def run_native(model: Model, samples: Sequence[Sample], layout: Layout) -> tuple[Tensor, Tensor]:
     """The same of the native model, from one packed batch with a padding tail."""
     batch = pack(samples, layout, padding=3)
     output = model(batch, with_logits=True)
@@ -172,7 +198,7 @@ def relative_error(value: Tensor, reference: Tensor, scale_of: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def compare(native: Aria | Emu3, reference: Any, layout: Layout, seed: int) -> Iterator[Check]:
+def compare(native: Model, reference: Any, layout: Layout, seed: int) -> Iterator[Check]:
     """Loss, logits and every parameter's gradient on synthetic samples; both models in fp32."""
     samples = synthetic_samples(layout, seed)
     loss, logits = run_native(native, samples, layout)
@@ -196,13 +222,11 @@ def compare(native: Aria | Emu3, reference: Any, layout: Layout, seed: int) -> I
 
 def verify(directory: Path, write: Callable[[str], None]) -> bool:
     """Compare on the weights of `directory`, reporting line by line; whether all bounds hold."""
-    is_emu3 = read_json(directory / CONFIG).get("model_type") in MODEL_TYPES
-    native = emu3_from_hub(directory) if is_emu3 else aria_from_hub(directory)
+    native, kind = _native(directory)
     layout = native.hub_layout()
     load_from_hub(native, layout, directory)
     # Dropout is the one thing that differs, by chance, from run to run.
     native.eval()
-    kind = "Emu3ForCausalLM" if is_emu3 else "AriaForConditionalGeneration"
     checks = list(compare(native, _transformers_model(directory, kind), layout, seed=0))
     gradients = sorted(checks[2:], key=lambda check: check.error, reverse=True)
     write(f"{'':44} {'max rel. error':>14} {'bound':>8}")
@@ -212,6 +236,18 @@ def verify(directory: Path, write: Callable[[str], None]) -> bool:
     verdict = f"{failed} of {len(checks)} checks failed" if failed else "equal to transformers"
     write(f"{len(gradients)} gradients compared; {verdict}")
     return not failed
+
+
+def _native(directory: Path) -> tuple[Model, str]:
+    """The model of a folder, and the class of transformers that it is compared with."""
+    model_type = read_json(directory / CONFIG).get("model_type")
+    if model_type in MODEL_TYPES:
+        return emu3_from_hub(directory), "Emu3ForCausalLM"
+    if model_type in MLLAMA_TYPES:
+        native = mllama_from_hub(directory, Masking.transformers)
+        kind = "MllamaForCausalLM" if native.vision_config is None else "MllamaForConditionalGeneration"
+        return native, kind
+    return aria_from_hub(directory), "AriaForConditionalGeneration"
 
 
 def _transformers_model(directory: Path, kind: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from cantata.core.types import Batch, Images, ModelOutput, PixelBatch, Segments
-from cantata.models.protocol import LanguageModel, TokenizerOutput, Trainable
+from cantata.models.protocol import LanguageModel, ReadsAcross, TokenizerOutput, Trainable
 from cantata.nn.moe.balance import balance_loss
 from cantata.parallel.recompute import Recompute, apply_recompute
 from cantata.train.one_rank import Elements, expert_ids
@@ -59,8 +59,9 @@ def peak_activation_bytes(
             _fuse_attention(unit.module)
             if unit.is_block:
                 apply_recompute(unit.module, recompute)
-        few = _few_segments(batch) if isinstance(batch, Batch) else batch
-        batch = _without_values(few, "cpu" if on_cpu else "meta")
+        if isinstance(batch, Batch) and not isinstance(model, ReadsAcross):
+            batch = _few_segments(batch)
+        batch = _without_values(batch, "cpu" if on_cpu else "meta")
         live, experts = _LiveBytes(), expert_ids(stand_in)
 
         def reduce_gradient(parameter: Tensor) -> None:
@@ -75,7 +76,13 @@ def peak_activation_bytes(
     return live.peak
 
 
-def synthetic_batch(samples: Segments, patches: Segments, features: Segments, patch_values: int) -> Batch:
+def synthetic_batch(
+    samples: Segments,
+    patches: Segments,
+    features: Segments,
+    patch_values: int,
+    first_tokens: Sequence[int] = (),
+) -> Batch:
     """A batch of these lengths without a pixel or a word: every token is a target, image tokens come first.
 
     Args:
@@ -83,6 +90,7 @@ def synthetic_batch(samples: Segments, patches: Segments, features: Segments, pa
         patches: patches of each image.
         features: features of each image; their total is at most that of the samples.
         patch_values: values of a patch, channels * patch_size ** 2.
+        first_tokens: where images of one feature each stand instead.
     """
     tokens_T = torch.zeros(samples.total, dtype=torch.int64)
     return Batch(
@@ -98,7 +106,8 @@ def synthetic_batch(samples: Segments, patches: Segments, features: Segments, pa
             position_ids_P=torch.zeros(patches.total, dtype=torch.int64),
             patches=patches,
             features=features,
-            token_index_Q=torch.arange(features.total),
+            token_index_Q=torch.tensor(first_tokens) if first_tokens else torch.arange(features.total),
+            first_tokens=tuple(first_tokens),
         ),
     )
 

@@ -15,7 +15,7 @@ from cantata.core.build import build
 from cantata.core.errors import ConfigError
 from cantata.core.types import Batch, PixelBatch, Segments
 from cantata.models.lora import base_names
-from cantata.models.protocol import ImageTokenizer, LanguageModel, Trainable
+from cantata.models.protocol import ImageTokenizer, LanguageModel, ReadsAcross, Trainable
 from cantata.parallel.fake_world import fake_world
 from cantata.parallel.materialize import Index
 from cantata.parallel.mesh import MeshSizes, RankMesh, build_mesh, validate
@@ -42,6 +42,8 @@ CHANNELS = 3
 IMAGE_PATH = ("vision.", "projector.")
 """How the names of the parameters begin that only images reach."""
 IMAGE_KEYS = {"image_size", "patch_size", "features_per_image"}
+TOKENS_PER_IMAGE = 512
+"""How many tokens there are for each image that is one of them."""
 
 
 @dataclass(frozen=True)
@@ -223,10 +225,13 @@ def likely_images(stage: TokenizerStage, model: Trainable) -> PixelBatch:
 def likely_batch(stage: LanguageStage, model: LanguageModel) -> Batch:
     """Full rows of one sample each; where images are trained on, their features take half of a row.
 
+    For a model that reads images across, one of every `TOKENS_PER_IMAGE` tokens is an image of all its tiles.
     The share is a guess in place of data that a plan does not read. A stage whose rules freeze the tower and
     the projector is taken to have no images; the shapes of others are those that the processor makes.
     """
     rows, length = stage.train.micro_batch_size, stage.train.sequence_length
+    if isinstance(model, ReadsAcross):
+        return _likely_across(rows, length, model.patches_per_image, stage.collator["processor"])
     processor = stage.collator["processor"]
     path = [name for name, _ in model.named_parameters() if name.startswith(IMAGE_PATH)]
     if not path:
@@ -244,4 +249,19 @@ def likely_batch(stage: LanguageStage, model: LanguageModel) -> Batch:
         Segments((patches,) * images),
         Segments((features,) * images),
         CHANNELS * processor["patch_size"] ** 2,
+    )
+
+
+def _likely_across(rows: int, length: int, patches: int, processor: Mapping[str, Any]) -> Batch:
+    if "patch_size" not in processor:
+        raise ConfigError("collator.processor.patch_size is not there, and cantata plan needs it")
+    step = min(length, TOKENS_PER_IMAGE)
+    firsts = [row * length + at for row in range(rows) for at in range(0, length - step + 1, step)]
+    firsts = firsts if patches else []
+    return synthetic_batch(
+        Segments((length,) * rows),
+        Segments((patches,) * len(firsts)),
+        Segments((1,) * len(firsts)),
+        CHANNELS * processor["patch_size"] ** 2,
+        firsts,
     )

@@ -44,6 +44,7 @@ def test_fields_by_hand() -> None:
     assert batch.samples.lengths == (3, 4, 1)
     assert batch.num_tokens == 8
     assert batch.images.token_index_Q.tolist() == [3, 4]
+    assert batch.images.first_tokens == (3,)
     assert batch.images.patches.lengths == (4,)
     assert batch.images.features.lengths == (2,)
     assert batch.images.patches_PC.tolist() == np.arange(12).reshape(4, 3).tolist()
@@ -110,3 +111,11 @@ def test_placeholders_must_match_features() -> None:
 def test_too_many_tokens() -> None:
     with pytest.raises(RunError, match="hold 8 tokens"):
         collator().collate([collator().row(samples())], 7)
+
+
+def test_a_placeholder_is_no_target() -> None:
+    """A family's head may have no row for it."""
+    sample = samples()[1]
+    wrong = dataclasses.replace(sample, weight_T=np.ones_like(sample.weight_T))
+    with pytest.raises(RunError, match="sample s:1 gives its image placeholders weight in the loss"):
+        collator().row([wrong])

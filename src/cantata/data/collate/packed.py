@@ -100,6 +100,8 @@ class PackedCollator:
         target_index_N = np.flatnonzero(tokens_FT[LABELS] != IGNORE_INDEX)
         target_weight_N = np.concatenate([row.weight_T for row in rows])[target_index_N]
         token_index_Q = np.flatnonzero(tokens_FT[IDS] == self.processor.image_token_id)
+        features = Segments(tuple(count for row in rows for count in row.features))
+        first_tokens = token_index_Q[features.offsets()[:-1].numpy()]
         ids_T, labels_T, positions_T, modality_T, _ = torch.from_numpy(tokens_FT)
         return Batch(
             input_ids_T=ids_T,
@@ -113,20 +115,25 @@ class PackedCollator:
                 patches_PC=_cat([row.patches_PC for row in rows]),
                 position_ids_P=_cat([row.position_ids_P for row in rows]),
                 patches=Segments(tuple(count for row in rows for count in row.patches)),
-                features=Segments(tuple(count for row in rows for count in row.features)),
+                features=features,
                 token_index_Q=torch.from_numpy(token_index_Q),
+                first_tokens=tuple(first_tokens.tolist()),
             ),
             rows=tuple(row.info for row in rows if row.info is not None),
             target_weight_N=None if (target_weight_N == 1).all() else torch.from_numpy(target_weight_N),
         )
 
     def _check(self, sample: Sample) -> None:
-        placeholders = int((sample.input_ids_T == self.processor.image_token_id).sum())
+        is_placeholder_T = sample.input_ids_T == self.processor.image_token_id
+        placeholders = int(is_placeholder_T.sum())
         features = sum(image.num_features for image in sample.images)
         if placeholders != features:
             raise RunError(
                 f"sample {sample.key} has {placeholders} image placeholders for {features} image features"
             )
+        if sample.weight_T[is_placeholder_T].any():
+            # A family's head may have no row for it.
+            raise RunError(f"sample {sample.key} gives its image placeholders weight in the loss")
 
 
 def _fields(sample: Sample) -> np.ndarray:

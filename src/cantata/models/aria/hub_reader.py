@@ -13,7 +13,8 @@ from cantata.core.chat_sandbox import read_template
 from cantata.core.errors import ConfigError
 from cantata.models.aria.crops import Resampling
 from cantata.models.aria.hf import AriaLayout
-from cantata.models.aria.processor import AriaProcessor, TokenNames, load_tokenizer
+from cantata.models.aria.processor import AriaProcessor, TokenNames
+from cantata.models.chat_processor import load_tokenizer
 from cantata.models.hub import read_json
 
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")

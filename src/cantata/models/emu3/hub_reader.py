@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from cantata.core.chat_sandbox import read_template
 from cantata.core.errors import ConfigError
-from cantata.models.aria.processor import load_tokenizer
+from cantata.models.chat_processor import load_tokenizer
 from cantata.models.emu3.config import Emu3Tokens
 from cantata.models.emu3.hf import Emu3Layout
 from cantata.models.emu3.hub_processor import PUBLISHED, ROLES, visual_name

@@ -17,7 +17,7 @@ from cantata.core.chat_template import ASSISTANT, ChatTemplate, weight_of
 from cantata.core.errors import ConfigError
 from cantata.core.samples import Chat, Codes, DataError, Document, Example, ImagePatches, Part, Sample, Video
 from cantata.core.types import IMAGE, VIDEO
-from cantata.models.aria.processor import load_tokenizer
+from cantata.models.chat_processor import load_tokenizer
 from cantata.models.draft import Draft
 from cantata.models.emu3.config import Emu3Tokens
 
