@@ -53,6 +53,9 @@ def join(batches: Sequence[Batch]) -> Batch:
             Segments.concatenate(part.patches for part in images),
             Segments.concatenate(part.features for part in images),
             shifted([part.token_index_Q for part in images]),
+            Segments.concatenate(part.prefix for part in images if part.prefix is not None)
+            if images[0].prefix is not None
+            else None,
         ),
         target_weight_N=weight_N,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cantata.core.samples import Processor
-from cantata.core.types import Batch, ModelOutput, RouterStats
+from cantata.core.types import Batch, Images, ModelOutput, RouterStats, Segments
 from cantata.nn.attention import Attend
 from cantata.nn.moe.balance import BalanceConfig
 from cantata.nn.moe.layer import MoELayer
@@ -139,10 +139,30 @@ class PairFeatures(NamedTuple):
 class HubPart(NamedTuple):
     """Parameters whose initial values come from a folder of their own."""
 
-    prefix: str
-    """How their native names begin."""
+    names: frozenset[str]
+    """Their native names."""
     directory: str
     layout: HubLayout
+
+
+@runtime_checkable
+class PatchPredictor(Protocol):
+    """A language model that predicts patches too: it returns `PatchOutput`."""
+
+    pixel_head: nn.Module
+
+
+@runtime_checkable
+class PairEncoder(Protocol):
+    """A model that learns which images and texts belong together: it returns `PairFeatures`."""
+
+    def image_features(self, images: Images) -> Tensor:
+        """A unit vector for each image, (I, D), fp32."""
+        ...
+
+    def text_features(self, input_ids_T: Tensor, position_ids_T: Tensor, texts: Segments) -> Tensor:
+        """A unit vector for each text, (S, D), fp32."""
+        ...
 
 
 @runtime_checkable

@@ -22,7 +22,8 @@ class Attention(nn.Module):
         self.out_proj = Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor, attend: Attend) -> Tensor:
-        heads = (len(x_TD), -1, self.head_dim)
+        # Counted, not -1: there may be no token.
+        heads = (len(x_TD), x_TD.shape[1] // self.head_dim, self.head_dim)
         q, k, v = (proj(x_TD).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(attend(q, k, v).flatten(-2))
 

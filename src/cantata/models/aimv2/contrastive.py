@@ -16,7 +16,7 @@ from cantata.core.errors import ConfigError
 from cantata.core.samples import Processor
 from cantata.core.types import Batch, Images, Segments
 from cantata.models.aimv2.config import Aimv2TextConfig, Aimv2VisionConfig
-from cantata.models.aimv2.hf import Aimv2Layout, Aimv2VisionLayout, read_hub_config
+from cantata.models.aimv2.hf import Aimv2Layout, Aimv2VisionLayout, encoder_config, read_hub_config
 from cantata.models.aimv2.initial import init_parameter
 from cantata.models.aimv2.processor import Aimv2PairProcessor, check_images
 from cantata.models.aimv2.text import TextTower
@@ -80,7 +80,8 @@ class Aimv2Contrastive(nn.Module):
 
     def scale(self) -> Tensor:
         """Factor of the similarities, at most `max_logit_scale`; fp32 scalar."""
-        return self.logit_scale.float().exp().clamp_max(self.max_logit_scale).squeeze(0)
+        # The only one's sum is no view, which FSDP's hooks would warn of.
+        return self.logit_scale.float().exp().clamp_max(self.max_logit_scale).sum()
 
     def units(self) -> Sequence[Unit]:
         """What to shard, in forward's order. Projections, pooling and the scale belong to the root."""
@@ -101,10 +102,17 @@ class Aimv2Contrastive(nn.Module):
         init_parameter(name, tensor, generator, section.initializer_range)
 
     def parts(self) -> Sequence[HubPart]:
-        """The image tower, where it comes from a folder of its own."""
+        """The image tower, where it comes from a folder of its own; its head stays new if that has none.
+
+        Raises `ConfigError` where the folder holds no image encoder.
+        """
         if self.vision_weights is None:
             return ()
-        return (HubPart("vision.", self.vision_weights, Aimv2VisionLayout(self.vision_config)),)
+        found = encoder_config(self.vision_weights)
+        names = {name for name, _ in self.named_parameters() if name.startswith("vision.")}
+        if not found.use_head:
+            names = {name for name in names if not name.startswith("vision.head.")}
+        return (HubPart(frozenset(names), self.vision_weights, Aimv2VisionLayout(self.vision_config)),)
 
     def flops_per_token(self, mean_sample_length: float) -> float:
         """Of the text tower: 6 per weight, plus causal attention over half a text."""

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from cantata.core.errors import ConfigError
 from cantata.core.types import Images
 from cantata.models.aimv2.config import Aimv2VisionConfig
-from cantata.models.aimv2.hf import Aimv2VisionLayout, read_hub_config
+from cantata.models.aimv2.hf import Aimv2VisionLayout, encoder_config
 from cantata.models.aimv2.vision import VisionTower
 
 
@@ -38,7 +37,4 @@ def encoder_from_hub(directory: str | Path) -> Aimv2Encoder:
 
     Raises `ConfigError` where the directory holds another model.
     """
-    layout = read_hub_config(directory)
-    if not isinstance(layout, Aimv2VisionLayout):
-        raise ConfigError(f"{directory} holds a contrastive model; give the folder of an image encoder")
-    return Aimv2Encoder(layout.vision)
+    return Aimv2Encoder(encoder_config(directory))

@@ -175,6 +175,14 @@ def read_hub_config(directory: str | Path) -> Aimv2VisionLayout | Aimv2Layout:
     return Aimv2VisionLayout(_vision(config, path, "", use_head=config["model_type"] == VISION_TYPE))
 
 
+def encoder_config(directory: str | Path) -> Aimv2VisionConfig:
+    """Settings of a published image encoder; raises `ConfigError` where the directory holds another model."""
+    layout = read_hub_config(directory)
+    if not isinstance(layout, Aimv2VisionLayout):
+        raise ConfigError(f"{directory} holds a contrastive model; give the folder of an image encoder")
+    return layout.vision
+
+
 def _vision(config: dict[str, Any], path: Path, key: str, *, use_head: bool) -> Aimv2VisionConfig:
     return Aimv2VisionConfig(**_section(config, _VISION_ABSENT | {"use_head": use_head}, path, key))
 

@@ -107,7 +107,10 @@ class Aimv2Pretraining(nn.Module):
 
     def parts(self) -> Sequence[HubPart]:
         """The encoder, where `weights` names one."""
-        return () if self.weights is None else (HubPart(_TOWER, self.weights, self.hub_layout()),)
+        if self.weights is None:
+            return ()
+        names = frozenset(name for name, _ in self.named_parameters() if self.is_published(name))
+        return (HubPart(names, self.weights, self.hub_layout()),)
 
     def is_published(self, name: str) -> bool:
         """Only the encoder is."""

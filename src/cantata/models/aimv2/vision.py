@@ -80,11 +80,11 @@ class PoolingHead(nn.Module):
         self.output_proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x_PD: Tensor, patches: Segments) -> Tensor:
-        count = len(patches.lengths)
-        heads = (-1, self.num_heads, x_PD.shape[1] // self.num_heads)
-        query = self.cls_token.expand(count, -1).reshape(heads).to(x_PD.dtype)
-        attend = PackedAttention(Segments((1,) * count), patches, causal=False)
-        pooled = attend(query, self.k_proj(x_PD).view(heads), self.v_proj(x_PD).view(heads))
+        images, size = len(patches.lengths), x_PD.shape[1]
+        head = (self.num_heads, size // self.num_heads)
+        query = self.cls_token.expand(images, size).reshape(images, *head).to(x_PD.dtype)
+        keys, values = (proj(x_PD).view(len(x_PD), *head) for proj in (self.k_proj, self.v_proj))
+        pooled = PackedAttention(Segments((1,) * images), patches, causal=False)(query, keys, values)
         return self.output_proj(pooled.flatten(-2))
 
 
