@@ -22,7 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from cantata.core.types import Batch, Images, ModelOutput, PixelBatch, Segments
-from cantata.models.protocol import LanguageModel, TokenizerOutput, Trainable
+from cantata.models.protocol import (
+    LanguageModel,
+    PairEncoder,
+    PairFeatures,
+    PatchOutput,
+    PatchPredictor,
+    TokenizerOutput,
+    Trainable,
+)
 from cantata.nn.moe.balance import balance_loss
 from cantata.parallel.recompute import Recompute, apply_recompute
 from cantata.train.one_rank import Elements, expert_ids
@@ -75,7 +83,13 @@ def peak_activation_bytes(
     return live.peak
 
 
-def synthetic_batch(samples: Segments, patches: Segments, features: Segments, patch_values: int) -> Batch:
+def synthetic_batch(
+    samples: Segments,
+    patches: Segments,
+    features: Segments,
+    patch_values: int,
+    prefix: Segments | None = None,
+) -> Batch:
     """A batch of these lengths without a pixel or a word: every token is a target, image tokens come first.
 
     Args:
@@ -83,6 +97,7 @@ def synthetic_batch(samples: Segments, patches: Segments, features: Segments, pa
         patches: patches of each image.
         features: features of each image; their total is at most that of the samples.
         patch_values: values of a patch, channels * patch_size ** 2.
+        prefix: first patches of each image that see one another whole; None: all do.
     """
     tokens_T = torch.zeros(samples.total, dtype=torch.int64)
     return Batch(
@@ -99,6 +114,7 @@ def synthetic_batch(samples: Segments, patches: Segments, features: Segments, pa
             patches=patches,
             features=features,
             token_index_Q=torch.arange(features.total),
+            prefix=prefix,
         ),
     )
 
@@ -111,6 +127,13 @@ def _loss(model: nn.Module, batch: Batch | PixelBatch) -> Tensor:
         # Both are done with when backward begins, as the losses on pixels are in earnest.
         return made.reconstruction_BTCHW.sum() + made.quantized.loss_sum
     assert isinstance(model, LanguageModel)
+    if isinstance(model, PairEncoder):
+        pairs: PairFeatures = model(batch)
+        scores = pairs.scale * pairs.image_ID @ pairs.text_SD.t()
+        return scores.logsumexp(0).sum() + scores.logsumexp(1).sum()
+    if isinstance(model, PatchPredictor):
+        made_patches: PatchOutput = model(batch)
+        return made_patches.loss_sum + made_patches.predicted_RC.float().square().sum()
     output: ModelOutput = model(batch)
     if output.router is None or model.balance is None:
         return output.loss_sum
@@ -135,7 +158,9 @@ def _few_segments(batch: Batch) -> Batch:
     several lengths become two.
     """
     images = batch.images
-    if len(set(images.patches.lengths)) > 1 or len(set(images.features.lengths)) > 1:
+    ragged = len(set(images.patches.lengths)) > 1 or len(set(images.features.lengths)) > 1
+    # Images with a prefix stay as they are: their masks grow with the squares of their lengths.
+    if ragged and images.prefix is None:
         images = replace(images, patches=_in_two(images.patches), features=_in_two(images.features))
     samples = _in_two(batch.samples) if len(set(batch.samples.lengths)) > 1 else batch.samples
     return replace(batch, samples=samples, images=images)
