@@ -60,7 +60,55 @@ def check_images(vision: Aimv2VisionConfig, processor: Processor) -> None:
             raise ConfigError(f"collator.processor.{key} gives {found}; the model needs {needed} ({source})")
 
 
-class Aimv2Processor:
+class PatchReader:
+    """Cuts images into patches, one feature each.
+
+    Args:
+        image_size: pixels of a side, to which images are scaled and cropped; of native ones the longest side.
+        patch_size: side of a patch, in pixels.
+        is_native: keep images' sizes and shapes, as nearly as whole patches can; else they become squares.
+        max_patches: patches of an image at most; a larger native one is scaled down.
+
+    Raises `ConfigError` where the sizes do not fit.
+    """
+
+    def __init__(self, image_size: int, patch_size: int, is_native: bool, max_patches: int) -> None:
+        if patch_size < 1 or image_size < patch_size or image_size % patch_size:
+            raise ConfigError(f"image_size={image_size} is no multiple of patch_size={patch_size}")
+        self.grid = image_size // patch_size
+        least = 1 if is_native else self.grid**2
+        if max_patches < least:
+            raise ConfigError(f"max_patches={max_patches} must be at least {least}")
+        self.patch_size = patch_size
+        self.is_native = is_native
+        self.max_patches = max_patches
+        self.patch_values = CHANNELS * patch_size**2
+
+    def picture(self, image: ImagePatches) -> Image.Image:
+        """The pixels that the encoder gets, laid out as an image again."""
+        rows_P = image.position_ids_P // self.grid
+        return joined(image.patches_PC, int((rows_P == rows_P[0]).sum()), self.patch_size)
+
+    def patches(self, image: Image.Image) -> ImagePatches:
+        """An image cut into patches, one feature each. Raises `DataError` for one without pixels."""
+        if not image.width or not image.height:
+            raise DataError("corrupt image", "it has no pixels")
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        rows, columns = self.grid, self.grid
+        if self.is_native:
+            rows, columns = native_grid(*image.size, self.patch_size, self.max_patches, self.grid)
+        size = self.patch_size
+        if self.is_native:
+            image = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
+        else:
+            image = ImageOps.fit(image, (columns * size, rows * size), Image.Resampling.BICUBIC)
+        blocks = np.asarray(image).reshape(rows, size, columns, size, CHANNELS).transpose(0, 2, 4, 1, 3)
+        patches_PC = np.array(blocks, order="C").reshape(rows * columns, self.patch_values)
+        positions = np.arange(rows)[:, None] * self.grid + np.arange(columns)
+        return ImagePatches(patches_PC, positions.flatten(), len(patches_PC))
+
+
+class Aimv2Processor(PatchReader):
     """Encodes documents for pretraining: an image becomes a placeholder for every patch, then comes the text.
 
     The text ends with `document_end`. Its tokens weigh alike and 1 together, so that the loss is a mean over
@@ -69,10 +117,7 @@ class Aimv2Processor:
 
     Args:
         tokenizer: a `tokenizer.json`, or a folder that holds one; `embedded:` names one of the package.
-        image_size: pixels of a side, to which images are scaled and cropped; of native ones the longest side.
-        patch_size: side of a patch, in pixels.
-        is_native: keep images' sizes and shapes, as nearly as whole patches can; else they become squares.
-        max_patches: patches of an image at most; a larger native one is scaled down.
+        image_size, patch_size, is_native, max_patches: as of `PatchReader`.
         image_token_id: of the placeholder: a special token of the tokenizer, or one that it does not have.
         document_end: name of the token that ends a text.
         pad_token: name of the padding token.
@@ -91,16 +136,7 @@ class Aimv2Processor:
         document_end: str,
         pad_token: str,
     ) -> None:
-        if patch_size < 1 or image_size < patch_size or image_size % patch_size:
-            raise ConfigError(f"image_size={image_size} is no multiple of patch_size={patch_size}")
-        self.grid = image_size // patch_size
-        least = 1 if is_native else self.grid**2
-        if max_patches < least:
-            raise ConfigError(f"max_patches={max_patches} must be at least {least}")
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.is_native = is_native
-        self.max_patches = max_patches
+        super().__init__(image_size, patch_size, is_native, max_patches)
         self.tokenizer = load_tokenizer(tokenizer)
         self.end, self.pad = document_end, pad_token
         self.pad_token_id = self._id(pad_token)
@@ -114,7 +150,6 @@ class Aimv2Processor:
                 f"image_token_id={image_token_id} is {spelt!r}, ordinary text; take {size} or a special token"
             )
         self.vocab_size = max(size, image_token_id + 1)
-        self.patch_values = CHANNELS * patch_size**2
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -139,29 +174,6 @@ class Aimv2Processor:
     def spell(self, token_ids: Sequence[int]) -> str:
         """Text of the tokens, special tokens spelt out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
-
-    def picture(self, image: ImagePatches) -> Image.Image:
-        """The pixels that the encoder gets, laid out as an image again."""
-        rows_P = image.position_ids_P // self.grid
-        return joined(image.patches_PC, int((rows_P == rows_P[0]).sum()), self.patch_size)
-
-    def patches(self, image: Image.Image) -> ImagePatches:
-        """An image cut into patches, one feature each. Raises `DataError` for one without pixels."""
-        if not image.width or not image.height:
-            raise DataError("corrupt image", "it has no pixels")
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        rows, columns = self.grid, self.grid
-        if self.is_native:
-            rows, columns = native_grid(*image.size, self.patch_size, self.max_patches, self.grid)
-        size = self.patch_size
-        if self.is_native:
-            image = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
-        else:
-            image = ImageOps.fit(image, (columns * size, rows * size), Image.Resampling.BICUBIC)
-        blocks = np.asarray(image).reshape(rows, size, columns, size, CHANNELS).transpose(0, 2, 4, 1, 3)
-        patches_PC = np.array(blocks, order="C").reshape(rows * columns, self.patch_values)
-        positions = np.arange(rows)[:, None] * self.grid + np.arange(columns)
-        return ImagePatches(patches_PC, positions.flatten(), len(patches_PC))
 
     def __setstate__(self, state: dict[str, object]) -> None:
         # The flag is no part of tokenizer.json, and so of its pickle.
