@@ -69,6 +69,9 @@ class AriaProcessor:
     Raises `ConfigError` where the file is no tokenizer, a token is not in it, or the sizes do not fit.
     """
 
+    true_positions = False
+    """Whether a patch's position is its own row and column; else both are stretched over the whole grid."""
+
     def __init__(
         self,
         tokenizer: str,
@@ -251,9 +254,12 @@ class AriaProcessor:
         patches_PC, rows, columns = crops.patches(
             _rgb(crop), self.image_size, self.min_image_size, self.patch_size, self.resampling
         )
-        return ImagePatches(
-            patches_PC, _positions(rows, columns, self.position_grid), self.features_per_image
-        )
+        positions_P = self.position_ids(rows, columns)
+        return ImagePatches(patches_PC, positions_P, self.features_per_image)
+
+    def position_ids(self, rows: int, columns: int) -> NDArray[np.int64]:
+        """Position ids of an image of so many patches, row by row."""
+        return _positions(rows, columns, self.position_grid)
 
     def _text(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -265,6 +271,19 @@ class AriaProcessor:
             special = [added.content for added in self.tokenizer.get_added_tokens_decoder().values()]
             raise ConfigError(f"the tokenizer has no token {token!r}{hint(token, special)}")
         return int(found)
+
+
+class TruePositionProcessor(AriaProcessor):
+    """`AriaProcessor` for a tower that computes positions from a patch's own row and column.
+
+    Args: as of `AriaProcessor`.
+    """
+
+    true_positions = True
+
+    def position_ids(self, rows: int, columns: int) -> NDArray[np.int64]:
+        """`row * position_grid + column`."""
+        return (np.arange(rows)[:, None] * self.position_grid + np.arange(columns)).flatten()
 
 
 def load_tokenizer(path: str) -> Tokenizer:
