@@ -3,15 +3,16 @@
     python benchmarks/aimv2_step.py [--quick]
 
 The peer is the same step as one puts it together from transformers: `Aimv2VisionModel` under a prefix mask,
-whose features and the captions' embeddings go through a `LlamaForCausalLM` padded to the longest caption. Both
-hold the same weights in fp32, use SDPA and fused AdamW, and have the same loss. Three questions: images per
-second of a step on squares; the same on images of the sizes that photographs have, ours packed, the peer's padded
-to the most rows and columns; and peak memory of a step.
+whose features and the captions' embeddings go through a `LlamaForCausalLM` padded to the longest caption.
+Both hold the same weights in fp32, use SDPA and fused AdamW, and have the same loss. Three questions: images per
+second of a step on squares; the same on images of the sizes that photographs have, ours packed, the peer's
+padded to the most rows and columns; and peak memory of a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 
 import harness
@@ -247,14 +248,14 @@ def photographs(count: int, most: int) -> list[Sample]:
 
 
 def compare(
-    samples: Sequence[Sample], native: bool, layers: int, pairs: int, name: str
+    samples: Sequence[Sample], native: bool, layers: int, pairs: int, clock: harness.Clock, name: str
 ) -> tuple[float, float]:
     """Ratios of speed and of peak memory."""
     ours = our_model(native, layers)
     peer = Peer(ours).to(DEVICE).train()
     mine, other = our_step(ours, samples), peer_step(peer, samples)
     print(f"loss of the first step, {name}: ours {mine():.5f}, transformers {other():.5f}")
-    own, theirs, speed = harness.alternate(mine, other, pairs, warmup=1)
+    own, theirs, speed = harness.alternate(mine, other, pairs, warmup=1, clock=clock)
     harness.figure(f"images_per_second_{name}", len(samples) / own, "images/s (ours)")
     harness.figure(f"images_per_second_{name}_peer", len(samples) / theirs, "images/s (transformers)")
     return speed, harness.peak_bytes(other) / harness.peak_bytes(mine)
@@ -265,12 +266,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer pairs, layers and images")
-    quick = parser.parse_args().quick
+    parser.add_argument(
+        "--processor-time", action="store_true", help="of one thread: where others use the machine as well"
+    )
+    given = parser.parse_args()
+    quick, clock = given.quick, time.perf_counter
+    if given.processor_time:
+        torch.set_num_threads(1)
+        clock = time.process_time
     pairs, layers, count, most = (1, 2, 4, 128) if quick else (5, 6, 16, 576)
     print(harness.environment())
     squares = [Sample(number, 16, 16) for number in range(count)]
-    fixed, memory = compare(squares, False, layers, pairs, "squares")
-    native, native_memory = compare(photographs(count, most), True, layers, pairs, "native")
+    fixed, memory = compare(squares, False, layers, pairs, clock, "squares")
+    native, native_memory = compare(photographs(count, most), True, layers, pairs, clock, "native")
     harness.ratio("images_per_second", fixed)
     harness.ratio("images_per_second_native", native)
     harness.ratio("memory_step", memory)

@@ -79,7 +79,7 @@ def test_what_does_not_go_together() -> None:
         aria(None, native=True).check_processor(mini_processor(**SIZES))
     with pytest.raises(ConfigError, match="true_positions gives True; the model needs False"):
         aria(None).check_processor(true_position_processor())
-    with pytest.raises(ConfigError, match="Aimv2Tower, which a published Aria has no place for"):
+    with pytest.raises(ConfigError, match="Aimv2Tower, no part of a published Aria"):
         aria(None).hub_layout().hub_config()
     layout, tower = mixed_layout(), Aimv2Tower(**vars(VISION), weights=None)
     with pytest.raises(ConfigError, match=r"set it to null, and model\.vision\.weights"):

@@ -127,8 +127,7 @@ class AriaLayout(NamedTuple):
         """
         if not isinstance(self.vision, AriaVisionConfig):
             raise ConfigError(
-                f"model.vision is {type(self.vision).__name__}, which a published Aria has no place for; use "
-                "the run as it is"
+                f"model.vision is {type(self.vision).__name__}, no part of a published Aria; ask the run"
             )
         moe = self.text.moe
         if moe.top_groups < moe.num_groups:
