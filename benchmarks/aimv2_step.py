@@ -4,7 +4,7 @@
 
 The peer is the same step as one puts it together from transformers: `Aimv2VisionModel` under a prefix mask,
 whose features and the captions' embeddings go through a `LlamaForCausalLM` padded to the longest caption.
-Both hold the same weights in fp32, use SDPA and fused AdamW, and have the same loss. Three questions: images per
+Both hold the same weights in fp32, use SDPA and fused AdamW, and have the same loss. Questions: images per
 second of a step on squares; the same on images of the sizes that photographs have, ours packed, the peer's
 padded to the most rows and columns; and peak memory of a step.
 """
