@@ -36,7 +36,7 @@ def slow_loss(image_ID: Tensor, text_SD: Tensor, scale: Tensor) -> tuple[Tensor,
         for scores in (to_texts, to_images):
             total = sum(score.exp() for score in scores)
             losses.append((total.log() - scores[i]) / 2)
-            found += 0.5 * all(float(scores[i]) >= float(score) for score in scores)
+            found += 0.5 * all(bool(scores[i] >= score) for score in scores)
     return sum(losses) / count, found
 
 
