@@ -1,4 +1,4 @@
-"""Pretraining: next-token prediction on text and captioned images, from scratch or from weights.
+"""Pretraining on text and captioned images, from scratch or from weights: next tokens, patches, or pairs.
 
 python recipes/pretrain.py experiment=aria_mini
 torchrun --nproc-per-node 2 recipes/pretrain.py experiment=aria_mini
@@ -10,30 +10,22 @@ from omegaconf import DictConfig
 
 from cantata.core.config import load, resolved, stage_main
 from cantata.core.dist import distributed, find_process
-from cantata.infer.captions import Captions
+from cantata.infer.captions import caption_probe
 from cantata.parallel.mesh import validate
-from cantata.train.objectives import NextToken
 from cantata.train.session import run_session
-from cantata.train.stage import LanguageStage, build_data, build_model
+from cantata.train.stage import PretrainStage, build_data, build_model, build_objective
 
 
 @stage_main("pretrain")
 def main(node: DictConfig) -> int:
-    stage = load(node, LanguageStage)
+    stage = load(node, PretrainStage)
     validate(stage.mesh, find_process().world_size)
     model = build_model(stage)
+    objective = build_objective(stage, model)
     loader, held_out = build_data(stage, model)
     with distributed():
-        return run_session(
-            stage,
-            "pretrain",
-            model,
-            NextToken(model.balance),
-            loader,
-            held_out,
-            resolved(node),
-            Captions(held_out, stage.out),
-        )
+        probe = caption_probe(model, held_out, stage.out)
+        return run_session(stage, "pretrain", model, objective, loader, held_out, resolved(node), probe)
 
 
 if __name__ == "__main__":

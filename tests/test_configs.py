@@ -22,12 +22,19 @@ from cantata.core.errors import ConfigError
 from cantata.core.locate import configs_dir, recipes_dir
 from cantata.core.target import TARGET, find_target
 from cantata.train.optim import parameter_groups
-from cantata.train.stage import WEIGHTS_WANTED, FineTuneStage, LanguageStage, LoRAStage, Stage, build_model
+from cantata.train.stage import (
+    WEIGHTS_WANTED,
+    FineTuneStage,
+    LoRAStage,
+    PretrainStage,
+    Stage,
+    build_model,
+)
 from cantata.train.tokenizer_stage import TokenizerStage
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES: dict[str, type[Stage]] = {
-    "pretrain": LanguageStage,
+    "pretrain": PretrainStage,
     "sft": FineTuneStage,
     "lora": LoRAStage,
     "vq": TokenizerStage,
@@ -105,7 +112,7 @@ def test_every_option_of_every_group_binds(choice: str) -> None:
 def test_what_only_the_user_has_is_asked_for_by_name(stage: str) -> None:
     node, origins = composed(f"experiment={stage}")
     with pytest.raises(ConfigError) as caught:
-        load(node, LanguageStage, origins)
+        load(node, PretrainStage, origins)
     asked = ["collator.processor.tokenizer", "data.sources.text.dataset.path"]
     if stage != "aria_25b_stage1":
         asked += ["model.weights", "data.sources.images.dataset.path"]

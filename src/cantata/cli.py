@@ -42,6 +42,7 @@ VERBS = {
     "verify": Verb("Compare a Hugging Face folder's model with transformers.", module="cantata.tools.verify"),
     "export": Verb("Write a checkpoint as a Hugging Face folder.", module="cantata.tools.export"),
     "generate": Verb("Let a model answer prompts with images.", module="cantata.tools.generate"),
+    "probe": Verb("What a frozen image encoder knows of held-out images.", module="cantata.tools.probe"),
     "demo": Verb(
         "A small Aria, pretrained, fine-tuned, adapted and asked, in minutes.", module="cantata.tools.demo"
     ),

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import pickle
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from PIL import Image
 
 from cantata.core.errors import ConfigError
 from cantata.core.samples import Chat, Codes, Document, Message, Video
-from cantata.data.augment import Augment, CropFlipJitter, Draw, NullPrompt, augmented
+from cantata.data.augment import Augment, CropFlipJitter, Draw, NullPrompt, RandomArea, augmented
 
 OFF = CropFlipJitter(
     min_area=1.0, max_stretch=1.0, flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0
@@ -171,3 +172,21 @@ def test_a_null_prompt_at_its_limits_and_in_conversations() -> None:
         assert augmented(chat, NullPrompt(1.0), draw) is chat
     with pytest.raises(ConfigError, match=r"augment.share=1.5 must be from 0 to 1"):
         NullPrompt(1.5)
+
+
+def test_areas_share_the_patches_and_shapes_stay() -> None:
+    augment = RandomArea(patch_size=4, least_log2=2, most_log2=5)
+    image = Image.new("RGB", (60, 30))
+    sizes = [augment(image, np.random.default_rng(seed)).size for seed in range(600)]
+    areas = [width * height / 16 for width, height in sizes]
+    assert all(width / height == pytest.approx(2.0, rel=0.1) for width, height in sizes)
+    by_power = {n: sum(area for area in areas if round(math.log2(area)) == n) for n in range(2, 6)}
+    assert sum(by_power.values()) == pytest.approx(sum(areas))
+    assert all(0.7 < share / (sum(areas) / 4) < 1.3 for share in by_power.values())
+    assert augment(image, np.random.default_rng(3)).size == sizes[3]
+
+
+@pytest.mark.parametrize("values", [(0, 7, 12), (14, 8, 7), (14, -1, 3), (14, 7, 21)])
+def test_areas_that_mean_nothing(values: tuple[int, int, int]) -> None:
+    with pytest.raises(ConfigError, match="least_log2"):
+        RandomArea(*values)

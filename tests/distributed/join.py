@@ -58,6 +58,9 @@ def join(batches: Sequence[Batch]) -> Batch:
                 for part, start in zip(images, starts, strict=True)
                 for token in part.first_tokens
             ),
+            Segments.concatenate(part.prefix for part in images if part.prefix is not None)
+            if images[0].prefix is not None
+            else None,
         ),
         target_weight_N=weight_N,
     )

@@ -16,7 +16,7 @@ from cantata.models.protocol import LanguageModel
 from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.objectives import NextToken
 from cantata.train.plan import likely_batch, make_plan
-from cantata.train.stage import LanguageStage, build_engine, build_model
+from cantata.train.stage import PretrainStage, build_engine, build_model
 from tests.distributed.spawn import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -29,9 +29,9 @@ MESHES: dict[int, list[tuple[str, ...]]] = {
 }
 
 
-def stage(world: int, overrides: tuple[str, ...]) -> LanguageStage:
+def stage(world: int, overrides: tuple[str, ...]) -> PretrainStage:
     node, origins = compose("pretrain", ["experiment=aria_mini", f"cluster.gpus={world}", *SMALL, *overrides])
-    return load(node, LanguageStage, origins)
+    return load(node, PretrainStage, origins)
 
 
 def local_bytes(tensor: Tensor) -> int:

@@ -11,7 +11,8 @@ from cantata.core.errors import ConfigError
 from cantata.models.aria import Aria
 from cantata.models.lora import LoRAConfig
 from cantata.models.merge import MergedWeights
-from cantata.tools.verify import pack, relative_error, synthetic_samples
+from cantata.tools.compared import relative_error
+from cantata.tools.verify import pack, synthetic_samples
 from tests.models.adapters import Base, lora, published, value_of
 from tests.models.aria.small import small_aria
 

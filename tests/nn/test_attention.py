@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from cantata.core.types import Segments
-from cantata.nn.attention import PackedAttention, attend_to_rows
+from cantata.nn.attention import PackedAttention, attend_to_rows, prefix_mask
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool) -> Tensor:
@@ -131,3 +133,43 @@ def test_dropout_zeroes_probabilities_and_scales_the_rest(lengths: tuple[int, ..
     torch.testing.assert_close(found[kept], expected[kept] / (1 - rate), rtol=1e-6, atol=1e-7)
     share = kept.sum() / (expected != 0).sum()
     assert abs(float(share) - (1 - rate)) < 0.05
+
+
+@given(st.lists(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), min_size=1))
+def test_a_prefix_is_seen_whole_and_the_rest_causally(segments: list[tuple[int, int]]) -> None:
+    """Who sees whom, by the gradient of each output, against the words of the paper."""
+    lengths, prefixes = (Segments(tuple(values)) for values in zip(*segments, strict=True))
+    torch.manual_seed(0)
+    q, k = torch.randn(2, lengths.total, 1, 4)
+    # A value for each key: what comes out says which keys were seen, and how much.
+    v = torch.eye(lengths.total)[:, None]
+    out = PackedAttention(lengths, causal=True, prefix=prefixes)(q, k, v)[:, 0]
+    expected = torch.zeros_like(out)
+    start = 0
+    for length, prefix in segments:
+        for i in range(length):
+            seen = [j for j in range(length) if j <= i or j < prefix]
+            scores = torch.stack([q[start + i, 0] @ k[start + j, 0] / 2.0 for j in seen])
+            for j, share in zip(seen, scores.softmax(0), strict=True):
+                expected[start + i, start + j] = share
+        start += length
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(out > 0, expected > 0)
+
+
+@given(st.integers(1, 12), st.data())
+def test_prefix_masks(length: int, data: st.DataObject) -> None:
+    prefix = data.draw(st.integers(1, length))
+    mask = prefix_mask(length, prefix)
+    assert mask.dtype == torch.bool
+    assert all(mask[i, j] == (j <= i or j < prefix) for i in range(length) for j in range(length))
+    assert torch.equal(prefix_mask(length, 1), torch.ones(length, length, dtype=torch.bool).tril())
+    assert prefix_mask(length, length).all()
+
+
+def test_prefixes_that_do_not_fit() -> None:
+    segments = Segments((3, 4))
+    with pytest.raises(ValueError, match="1 prefixes of 2 segments"):
+        PackedAttention(segments, causal=True, prefix=Segments((1,)))
+    with pytest.raises(ValueError, match="causal=False"):
+        PackedAttention(segments, causal=False, prefix=segments)

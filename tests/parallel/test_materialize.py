@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cantata.core.errors import RunError
-from cantata.parallel.materialize import Index, RandomInit, materialize, persistent_tensors
+from cantata.parallel.materialize import Assembled, Index, RandomInit, materialize, persistent_tensors
 from tests.distributed.standin import build_on_meta
 
 CPU = torch.device("cpu")
@@ -89,3 +89,19 @@ def test_frozen_parameters_stay_frozen() -> None:
 def test_a_foreign_model_is_named() -> None:
     with pytest.raises(TypeError, match="Linear lacks init_parameter"):
         RandomInit(torch.nn.Linear(1, 1), 0)
+
+
+def test_parts_come_from_their_own_sources_and_the_rest_from_another() -> None:
+    class Constant:
+        def __init__(self, value: float, *names: str) -> None:
+            self.value, self.names = value, names
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(self.names)
+
+        def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+            return torch.full([part.stop - part.start for part in index], self.value)
+
+    source = Assembled(Constant(0.0, "a", "b", "c"), [Constant(1.0, "b"), Constant(2.0, "c")])
+    assert list(source) == ["b", "c", "a"]
+    assert [source.read(name, (slice(0, 2),)).tolist() for name in "abc"] == [[0, 0], [1, 1], [2, 2]]

@@ -16,7 +16,8 @@ from cantata.models.aria import Aria
 from cantata.models.hub import HubWriter
 from cantata.models.lora import LoRAConfig, apply_lora
 from cantata.models.merge import MergedWeights
-from cantata.tools.verify import LOGITS_BOUND, pack, relative_error, synthetic_samples, transformers_inputs
+from cantata.tools.compared import LOGITS_BOUND, relative_error
+from cantata.tools.verify import pack, synthetic_samples, transformers_inputs
 from tests.models.adapters import LINEARS, Base, lora, published, value_of, write
 from tests.models.aria.small import small_aria
 

@@ -15,14 +15,8 @@ from cantata.models.aria import Aria, aria_from_hub
 from cantata.models.aria.hf import AriaLayout
 from cantata.models.aria.vision import patch_position_ids
 from cantata.models.hub import load_from_hub, save_to_hub
-from cantata.tools.verify import (
-    LOGITS_BOUND,
-    compare,
-    pack,
-    relative_error,
-    synthetic_samples,
-    transformers_inputs,
-)
+from cantata.tools.compared import LOGITS_BOUND, relative_error
+from cantata.tools.verify import compare, pack, synthetic_samples, transformers_inputs
 from tests.models.aria.small import small_aria, small_layout
 from tests.nn.moe.small import balance
 

@@ -35,7 +35,8 @@ from cantata.models.aria.model import aria_from_hub
 from cantata.models.hub import HubReader, parameter_shapes, save_to_hub
 from cantata.parallel.mesh import MeshConfig, build_mesh
 from cantata.parallel.recompute import Recompute
-from cantata.tools.verify import Sample, pack, relative_error, synthetic_samples, transformers_inputs
+from cantata.tools.compared import relative_error
+from cantata.tools.verify import Sample, pack, synthetic_samples, transformers_inputs
 from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.objectives import NextToken
 from tests.distributed.spawn import run_ranks

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from cantata.core.errors import ConfigError
+from cantata.models.aimv2 import vision
 from cantata.models.hub import save_to_hub
 from cantata.tools import verify
+from tests.models.aimv2.small import NATIVE, VISION, contrastive, encoder
 from tests.models.aria.small import small_aria, small_layout
 from tests.models.emu3.small import small_config, small_emu3
 from tests.models.mllama import small as mllama
@@ -82,3 +84,27 @@ def test_a_good_mllama(
     save_to_hub(model, layout, tmp_path / "hub", 10**9)
     assert verify.main([str(tmp_path / "hub")]) == 0
     assert f"{gradients} gradients compared; equal to transformers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["fixed", "native", "pairs"])
+def test_a_good_aimv2(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    model = contrastive() if kind == "pairs" else encoder(NATIVE if kind == "native" else VISION)
+    save_to_hub(model, model.hub_layout(), tmp_path / "hub", 10**9)
+    assert verify.main([str(tmp_path / "hub")]) == 0
+    out = capsys.readouterr().out
+    assert ("similarities" if kind == "pairs" else "features") in out
+    count = len(list(model.named_parameters()))
+    assert f"{count} gradients compared; equal to transformers" in out
+
+
+def test_a_bad_aimv2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    model = encoder(NATIVE)
+    save_to_hub(model, model.hub_layout(), tmp_path / "hub", 10**9)
+    original = vision.sincos_positions
+    monkeypatch.setattr(vision, "sincos_positions", lambda *given: original(*given).roll(1, dims=1))
+    assert verify.main([str(tmp_path / "hub")]) == 1
+    assert "FAILED" in capsys.readouterr().out

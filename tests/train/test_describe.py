@@ -39,9 +39,9 @@ def test_a_dense_model_has_no_experts() -> None:
 
 
 def test_where_the_parameters_come_from() -> None:
-    assert origin(stage(), 0) == "from scratch"
-    assert origin(stage("model.weights=published"), 0) == "from weights published"
-    assert origin(stage("model.weights=published"), 120) == "resumed from step-00000120"
+    assert origin(stage(), None, 0) == "from scratch"
+    assert origin(stage("model.weights=published"), None, 0) == "from weights published"
+    assert origin(stage("model.weights=published"), None, 120) == "resumed from step-00000120"
 
 
 def test_memory_is_estimated_by_rank_0_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,24 +15,24 @@ from cantata.parallel.fsdp import shard_dimension
 from cantata.tools.plan import read_stage
 from cantata.train.memory import GIB, estimate_memory, layout_of
 from cantata.train.plan import META, Plan, likely_batch, make_plan
-from cantata.train.stage import LanguageStage, build_model
+from cantata.train.stage import PretrainStage, build_model
 from tests.train.test_stage import TINY
 
 MINI = ("train.micro_batch_size=1", "train.sequence_length=256")
 ROUTED = ("experts.fc1", "experts.fc2")
 
 
-def stage(*overrides: str) -> LanguageStage:
+def stage(*overrides: str) -> PretrainStage:
     return read_stage("pretrain", overrides, None)
 
 
-def language_model(chosen: LanguageStage) -> LanguageModel:
+def language_model(chosen: PretrainStage) -> LanguageModel:
     model = build_model(chosen)
     assert isinstance(model, LanguageModel)
     return model
 
 
-def shard_elements(chosen: LanguageStage, plan: Plan) -> dict[str, int]:
+def shard_elements(chosen: PretrainStage, plan: Plan) -> dict[str, int]:
     """Elements of every parameter on rank 0: the first of equal cuts along one dimension, rounded up."""
     found = {}
     for name, parameter in language_model(chosen).named_parameters():
@@ -48,7 +48,7 @@ def shard_elements(chosen: LanguageStage, plan: Plan) -> dict[str, int]:
     return found
 
 
-def check_shards(chosen: LanguageStage, plan: Plan) -> None:
+def check_shards(chosen: PretrainStage, plan: Plan) -> None:
     elements = shard_elements(chosen, plan)
     frozen = [rule.removesuffix("*") for rule, value in chosen.parameters.items() if value.frozen]
     trained = {

@@ -16,7 +16,7 @@ from cantata.models.protocol import LanguageModel
 from cantata.parallel.materialize import RandomInit
 from cantata.train.stage import (
     FineTuneStage,
-    LanguageStage,
+    PretrainStage,
     build_data,
     build_model,
     initial_values,
@@ -31,10 +31,10 @@ TINY = (
 
 
 @functools.cache
-def stage(*overrides: str) -> LanguageStage:
+def stage(*overrides: str) -> PretrainStage:
     """`pretrain` with a model of few parameters."""
     node, origins = compose("pretrain", (*TINY, *overrides))
-    return load(node, LanguageStage, origins)
+    return load(node, PretrainStage, origins)
 
 
 def test_the_model_has_shapes_and_no_storage() -> None:

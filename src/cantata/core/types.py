@@ -83,6 +83,25 @@ class Images:
     first_tokens: tuple[int, ...] = ()
     """Position in the packed tokens of each image's first feature; on the host, for models whose text
     attends to images by where they stand."""
+    prefix: Segments | None = None
+    """First patches of each image that see one another whole, where later ones see those before them alone;
+    None where all patches of an image see each other."""
+
+    def predicted(self) -> tuple[Tensor, Tensor]:
+        """The patches after their image's prefix: index (R,), int64, and 1 / their number in the image, fp32.
+
+        On the host, so that their number is known there; none without prefixes.
+        """
+        if self.prefix is None:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0)
+        after_P = torch.cat(
+            [torch.arange(n) >= m for n, m in zip(self.patches.lengths, self.prefix.lengths, strict=True)]
+            or [torch.empty(0, dtype=torch.bool)]
+        )
+        counts = [n - m for n, m in zip(self.patches.lengths, self.prefix.lengths, strict=True)]
+        counts_I = torch.tensor(counts, dtype=torch.float32)
+        index_R = after_P.nonzero().flatten()
+        return index_R, 1.0 / counts_I[self.patches.ids()[index_R]]
 
 
 class RowInfo(NamedTuple):

@@ -154,6 +154,38 @@ class CropFlipJitter:
         return image.resize(image.size, Image.Resampling.BICUBIC, box=box)
 
 
+@dataclass(frozen=True)
+class RandomArea:
+    """Scales an image, its shape kept, to an area of 2^n patches, as AIMv2's native stage does.
+
+    n is drawn so that each area gets the same share of the patches, as batches of one area and of one number
+    of patches give it (Fini et al., 2024, arXiv:2411.14402): small areas come more often. Rows hold a fixed
+    number of tokens, so areas may meet in one batch.
+    """
+
+    patch_size: int
+    """Side of a patch, in pixels."""
+    least_log2: int
+    """Least n; 7 as published."""
+    most_log2: int
+    """Largest n; 12 as published."""
+
+    def __post_init__(self) -> None:
+        if self.patch_size < 1 or not 0 <= self.least_log2 <= self.most_log2 <= 20:
+            raise ConfigError(
+                f"augment: patch_size={self.patch_size} must be at least 1, and least_log2={self.least_log2} "
+                f"to most_log2={self.most_log2} a range from 0 to 20"
+            )
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        powers = np.arange(self.least_log2, self.most_log2 + 1)
+        chances = 0.5**powers
+        area = 2.0 ** rng.choice(powers, p=chances / chances.sum()) * self.patch_size**2
+        scale = math.sqrt(area / (image.width * image.height))
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        return image.resize(size, Image.Resampling.BICUBIC)
+
+
 def _factor(reach: float, number: float) -> float:
     return 1 + reach * (2 * number - 1)
 

@@ -9,11 +9,17 @@ from cantata.core import dist
 from cantata.core.samples import Document, Sample
 from cantata.data.held_out import HeldOut
 from cantata.infer.generate import generate
+from cantata.models.protocol import Decodes
 from cantata.train.engine import Engine
-from cantata.train.evaluate import Shown
+from cantata.train.evaluate import Probe, Shown
 
 COUNT = 8
 MAX_NEW_TOKENS = 24
+
+
+def caption_probe(model: object, held_out: HeldOut, out: Path) -> Probe:
+    """`Captions` of a model that writes; nothing is asked of one that does not."""
+    return Captions(held_out, out) if isinstance(model, Decodes) else lambda step, engine: Shown({}, [])
 
 
 class Captions:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cantata.core.errors import ConfigError, RunError
-from cantata.models.protocol import HubLayout
+from cantata.models.protocol import HubLayout, Written
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -40,6 +40,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+class _Stored(NamedTuple):
+    """Where a hub's tensor lies in a file."""
+
+    key: str
+    place: int
+    """Of the tensors stacked under that key, the number of this one."""
+    of: int
+    """How many are stacked there."""
+
+
 class HubReader:
     """Reads a published checkpoint by native names, lazily and in slices.
 
@@ -56,11 +66,12 @@ class HubReader:
         self._keys = {name: layout.to_hub(name) for name in shapes}
         self._open: tuple[str, Any] | None = None
         self._files: dict[str, str] = {}
-        self._stored: dict[str, str] = {}
+        self._stored: dict[str, _Stored] = {}
         for stored, file in self._locate().items():
-            key = layout.hub_key(stored)
-            if key is not None:
-                self._files[key], self._stored[key] = file, stored
+            found = layout.hub_key(stored)
+            keys = (found,) if isinstance(found, str) else found or ()
+            for place, key in enumerate(keys):
+                self._files[key], self._stored[key] = file, _Stored(stored, place, len(keys))
         self._check({self._keys[name]: layout.hub_shape(name, shape) for name, shape in shapes.items()})
 
     def __iter__(self) -> Iterator[str]:
@@ -72,7 +83,9 @@ class HubReader:
         key, shape = self._keys[name], self._shapes[name]
         stored = self._slice(key)
         if tuple(stored.get_shape()) != tuple(shape):
-            whole: Tensor = stored[:].reshape(shape)
+            rows = self._shape(key)[:1]
+            start = self._stored[key].place * (rows[0] if rows else 0)
+            whole: Tensor = (stored[start : start + rows[0]] if rows else stored[...]).reshape(shape)
             return whole if index is None else whole[index]
         part: Tensor = stored[:] if index is None else stored[index]
         return part
@@ -107,15 +120,23 @@ class HubReader:
         return self._open[1]
 
     def _slice(self, key: str) -> Any:
-        return self._file(self._files[key]).get_slice(self._stored[key])
+        return self._file(self._files[key]).get_slice(self._stored[key].key)
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        """The shape of the hub's tensor, which may be stacked with others in the file."""
+        shape = tuple(self._slice(key).get_shape())
+        count = self._stored[key].of
+        if count == 1 or not shape or shape[0] % count:
+            return shape
+        return (shape[0] // count, *shape[1:])
 
     def _check(self, expected: Mapping[str, torch.Size]) -> None:
         missing = [key for key in expected if key not in self._files]
         extra = [key for key in self._files if key not in expected]
         misshapen = []
         for key in sorted(expected.keys() & self._files.keys(), key=self._files.__getitem__):
-            shape = tuple(self._slice(key).get_shape())
-            if shape != tuple(expected[key]):
+            shape = self._shape(key)
+            if _without_leading_ones(shape) != _without_leading_ones(tuple(expected[key])):
                 misshapen.append(f"{key} {list(shape)} instead of {list(expected[key])}")
         problems = [
             f"{len(keys)} {what}: {listed(keys)}"
@@ -125,6 +146,11 @@ class HubReader:
         if problems:
             found = "; ".join(problems)
             raise ConfigError(f"{self.directory}: the checkpoint does not fit the model; {found}")
+
+
+def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Layouts of one family differ in them; what is read is given the native shape."""
+    return _without_leading_ones(shape[1:]) if shape[:1] == (1,) else shape
 
 
 def listed(keys: Sequence[str]) -> str:
@@ -173,7 +199,7 @@ class HubWriter:
     Raises `ConfigError` if `directory` exists already, and `RunError` if the disk refuses.
     """
 
-    def __init__(self, directory: str | Path, layout: HubLayout, max_shard_bytes: int) -> None:
+    def __init__(self, directory: str | Path, layout: Written, max_shard_bytes: int) -> None:
         self.directory = Path(directory)
         self.path = self.directory.with_name(self.directory.name + ".incomplete")
         self._layout = layout

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cantata.core.samples import Processor
-from cantata.core.types import Batch, ModelOutput
+from cantata.core.types import Batch, Images, ModelOutput, RouterStats, Segments
 from cantata.nn.attention import Attend
 from cantata.nn.cross_attention import ImageReading, Reading
 from cantata.nn.moe.balance import BalanceConfig
@@ -29,19 +29,30 @@ class Unit(NamedTuple):
     """Its parameters stay fp32 while they compute, whatever the engine's precision (codebooks)."""
 
 
-class HubLayout(Protocol):
-    """The names of a family's published checkpoints, both ways."""
+class Written(Protocol):
+    """What writing a checkpoint needs of its names."""
 
     def to_hub(self, name: str) -> str:
         """The hub's key of a native parameter."""
         ...
 
-    def hub_key(self, stored: str) -> str | None:
-        """The hub's key that a key of a file stands for; None for what is no part of the model."""
-        ...
-
     def hub_shape(self, name: str, shape: torch.Size) -> torch.Size:
         """The shape that the hub's tensor has, where a reshape is all that differs."""
+        ...
+
+    def hub_config(self) -> dict[str, object]:
+        """`config.json` as transformers reads it; `ConfigError` where the layout cannot tell how to route."""
+        ...
+
+
+class HubLayout(Written, Protocol):
+    """The names of a family's published checkpoints, both ways."""
+
+    def hub_key(self, stored: str) -> str | tuple[str, ...] | None:
+        """The hub's key that a key of a file stands for; None for what is no part of the model.
+
+        Several where a file stacks as many tensors of one shape along their first dimension.
+        """
         ...
 
     def transformers_name(self, name: str) -> str:
@@ -50,10 +61,6 @@ class HubLayout(Protocol):
 
     def is_attention_output(self, name: str) -> bool:
         """Whether a native parameter is of the `out_proj` of an `nn.MultiheadAttention` there."""
-        ...
-
-    def hub_config(self) -> dict[str, object]:
-        """`config.json` as transformers reads it; `ConfigError` where the layout cannot tell how to route."""
         ...
 
     def write_processor(self, processor: Processor, directory: Path) -> list[str]:
@@ -100,6 +107,81 @@ class LanguageModel(Trainable, Protocol):
         ...
 
     def hub_layout(self) -> HubLayout: ...
+
+
+class PatchOutput(NamedTuple):
+    """What a model that predicts patches and text returns; the first four fields are `ModelOutput`'s.
+
+    P  patches of all images    R  predicted ones (`Images.predicted`)    C  values of a patch
+    """
+
+    loss_sum: Tensor
+    loss_N: Tensor
+    router: RouterStats | None
+    logits_TV: Tensor | None
+    predicted_RC: Tensor
+    """Normalised values that stand where each predicted patch is expected."""
+    patches_PC: Tensor
+    """Values as the encoder read them."""
+
+
+class PairFeatures(NamedTuple):
+    """Unit vectors of images and of the texts that belong to them, in one order, fp32.
+
+    I  images    S  texts, as many    D  width of the shared space
+    """
+
+    image_ID: Tensor
+    text_SD: Tensor
+    scale: Tensor
+    """Factor of their products; fp32 scalar."""
+
+
+class HubPart(NamedTuple):
+    """Parameters whose initial values come from a folder of their own."""
+
+    names: frozenset[str]
+    """Their native names."""
+    directory: str
+    layout: HubLayout
+
+
+@runtime_checkable
+class PatchPredictor(Protocol):
+    """A language model that predicts patches too: it returns `PatchOutput`."""
+
+    pixel_head: nn.Module
+
+
+@runtime_checkable
+class PairEncoder(Protocol):
+    """A model that learns which images and texts belong together: it returns `PairFeatures`."""
+
+    def image_features(self, images: Images) -> Tensor:
+        """A unit vector for each image, (I, D), fp32."""
+        ...
+
+    def text_features(self, input_ids_T: Tensor, position_ids_T: Tensor, texts: Segments) -> Tensor:
+        """A unit vector for each text, (S, D), fp32."""
+        ...
+
+
+@runtime_checkable
+class AssembledFrom(Protocol):
+    """A model that may take parts of itself from folders besides `model.weights`."""
+
+    def parts(self) -> Sequence[HubPart]:
+        """None where all comes from one place."""
+        ...
+
+
+@runtime_checkable
+class PartlyPublished(Protocol):
+    """A model of which a published folder holds a part: what only training needs stays behind."""
+
+    def is_published(self, name: str) -> bool:
+        """Whether a native parameter is written to a folder."""
+        ...
 
 
 class TokenizerOutput(NamedTuple):

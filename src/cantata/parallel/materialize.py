@@ -7,7 +7,7 @@ how it is sharded: the same model starts from the same bits on any number of ran
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -80,6 +80,24 @@ class RandomInit:
             else:
                 self._model.init_parameter(name, whole, generator)
         return whole[index] if index else whole
+
+
+class Assembled:
+    """Parts read from folders of their own, and the rest of another source."""
+
+    def __init__(self, rest: Source, parts: Sequence[Source]) -> None:
+        self._rest = rest
+        self._parts = parts
+        self._owner = {name: part for part in parts for name in part}
+
+    def __iter__(self) -> Iterator[str]:
+        for part in self._parts:
+            yield from part
+        yield from (name for name in self._rest if name not in self._owner)
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """See `Source`."""
+        return self._owner.get(name, self._rest).read(name, index)
 
 
 class InitialValues:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from cantata.core.errors import CantataError, ConfigError, RunError
 from cantata.models.adapter_files import is_adapter
 from cantata.models.hub import HubWriter
+from cantata.models.protocol import PartlyPublished
 from cantata.parallel.materialize import persistent_tensors
 from cantata.tools.arguments import Parser
 from cantata.tools.export_adapter import export_adapter, merge_folder, merged_run, require_base
@@ -74,6 +75,7 @@ def export(
         else:
             for name in run.names():
                 writer.write(name, _cast(run.read(name), dtype))
+            notes += _left_behind(run)
     _report(directory, run.title if merged is None else f"{run.title}, merged", notes, write)
 
 
@@ -98,11 +100,22 @@ def _files(number: int) -> str:
     return f"{number} file" + ("s" if number > 1 else "")
 
 
+def _left_behind(run: OpenRun) -> list[str]:
+    """A line on the parameters that no published folder holds."""
+    written = set(run.names())
+    left = {name: p.numel() for name, p in run.model.named_parameters() if name not in written}
+    if not isinstance(run.model, PartlyPublished) or not left:
+        return []
+    parts = ", ".join(sorted({name.partition(".")[0] for name in left}))
+    return [f"only training needs {parts} ({count(sum(left.values()))} parameters): left in the run"]
+
+
 def _check_buffers(run: OpenRun) -> None:
     """Raise where the published model would route otherwise: its layout has no place for a balance bias."""
+    parameters = {name for name, _ in run.model.named_parameters()}
     written = set(run.names())
     for name, _ in persistent_tensors(run.model):
-        if name not in written and run.read(name).any():
+        if name not in written | parameters and run.read(name).any():
             raise RunError(
                 f"{run.path}: {name} is not zero, and a published checkpoint has no place for it: without "
                 "it tokens would go to other experts; publish a run that balances by its losses alone "

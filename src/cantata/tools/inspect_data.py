@@ -22,7 +22,7 @@ from PIL import Image
 from cantata.core.build import build
 from cantata.core.errors import RunError
 from cantata.core.samples import Example, ImagePatches, Processor, Sample
-from cantata.core.types import MODALITIES, Batch, RowInfo
+from cantata.core.types import IMAGE, MODALITIES, Batch, RowInfo
 from cantata.data.assembly import build_held_out, build_loader, build_sources
 from cantata.data.collate.packed import PackedCollator, Row
 from cantata.data.reading import Drop, Reader
@@ -265,6 +265,8 @@ def show(key: str, batch: Batch, processor: Processor) -> Shown:
         is_special = bool(text) and not processor.decode(pending)
         items.append(Token(text, tuple(pending), weight[place], is_special))
         pending = []
+    # Of pairs, whose images have no place among the tokens.
+    items = [*pictures, *items]
     return Shown(key, tuple(items), len(ids), sum(value > 0 for value in weight))
 
 
@@ -277,5 +279,6 @@ def _pictures(batch: Batch, processor: Processor) -> Iterator[Picture]:
     for count, features in zip(images.patches.lengths, images.features.lengths, strict=True):
         one = slice(start, start + count)
         image = processor.picture(ImagePatches(patches[one], positions[one], features))
-        yield Picture(image, count, features, MODALITIES[modality[feature]])
+        kind = modality[feature] if features else IMAGE
+        yield Picture(image, count, features, MODALITIES[kind])
         start, feature = start + count, feature + features

@@ -24,12 +24,12 @@ from cantata.core.target import TARGET
 from cantata.tools.arguments import Parser
 from cantata.train import humane, startup
 from cantata.train.plan import Plan, make_plan
-from cantata.train.stage import FineTuneStage, LanguageStage, LoRAStage, Stage
+from cantata.train.stage import FineTuneStage, LoRAStage, PretrainStage, Stage
 from cantata.train.startup import GroupRow
 from cantata.train.tokenizer_stage import TokenizerStage
 
 STAGES: dict[str, type[Stage]] = {
-    "pretrain": LanguageStage,
+    "pretrain": PretrainStage,
     "sft": FineTuneStage,
     "lora": LoRAStage,
     "vq": TokenizerStage,

@@ -15,7 +15,7 @@ from cantata.core.errors import ConfigError
 from cantata.core.schema import convert
 from cantata.data.code_origin import CodeOrigin
 from cantata.models.lora import LoRAConfig, apply_lora
-from cantata.models.protocol import HubLayout, ImageTokenizer, LanguageModel
+from cantata.models.protocol import HubLayout, ImageTokenizer, LanguageModel, PartlyPublished
 from cantata.parallel.materialize import Source, persistent_tensors
 from cantata.train.adapter import BaseIdentity
 from cantata.train.checkpoint_files import CheckpointFiles, is_complete, read_state
@@ -64,7 +64,10 @@ class OpenRun:
         """The native names of what a published folder holds: parameters, of image tokenizers buffers too."""
         if isinstance(self.model, ImageTokenizer):
             return [name for name, _ in persistent_tensors(self.model)]
-        return [name for name, _ in self.model.named_parameters()]
+        names = [name for name, _ in self.model.named_parameters()]
+        if isinstance(self.model, PartlyPublished):
+            return [name for name in names if self.model.is_published(name)]
+        return names
 
     def base(self, folder: Path | None) -> Source:
         """The weights that the adapter adapts: of `folder`, or of where training read them.

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cantata.core.errors import CantataError, ConfigError
 from cantata.core.types import IGNORE_INDEX, IMAGE, TEXT, Batch, Images, Segments
 from cantata.models.aria.hf import AriaLayout
 from cantata.models.aria.model import Aria, aria_from_hub
@@ -27,12 +26,16 @@ from cantata.models.mllama.hf import MllamaLayout
 from cantata.models.mllama.model import Mllama, mllama_from_hub
 from cantata.tools import verify_mllama
 from cantata.tools.arguments import Parser
-
-LOGITS_BOUND = 1e-5
-LOSS_BOUND = 1e-5
-GRADIENT_BOUND = 1e-4
-"""Largest errors allowed in fp32; a gradient's is relative to the largest value of its parameter's."""
-
+from cantata.tools.compared import (
+    GRADIENT,
+    GRADIENT_BOUND,
+    LOGITS_BOUND,
+    LOSS_BOUND,
+    Check,
+    relative_error,
+    transformers_model,
+)
+from cantata.tools.verify_aimv2 import AIMV2_TYPES, compare_aimv2
 
 Layout = AriaLayout | Emu3Layout | MllamaLayout
 Model = Aria | Emu3 | Mllama
@@ -46,18 +49,6 @@ class Sample(NamedTuple):
     """Patches along the padded square, of Aria."""
     images: list[Tensor]
     """Normalised pixels of each image's valid patches, (R, W, C); of Mllama see `verify_mllama`."""
-
-
-class Check(NamedTuple):
-    """One compared quantity."""
-
-    name: str
-    error: float
-    bound: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.bound
 
 
 def synthetic_samples(layout: Layout, seed: int) -> list[Sample]:
@@ -191,13 +182,6 @@ def run_native(model: Model, samples: Sequence[Sample], layout: Layout) -> tuple
     return loss.detach(), output.logits_TV.detach()[: batch.num_tokens]
 
 
-def relative_error(value: Tensor, reference: Tensor, scale_of: Tensor) -> float:
-    """Largest difference over the largest absolute value of `scale_of`."""
-    scale = float(scale_of.abs().max())
-    difference = float((value - reference).abs().max())
-    return difference / scale if scale else difference
-
-
 def compare(native: Model, reference: Any, layout: Layout, seed: int) -> Iterator[Check]:
     """Loss, logits and every parameter's gradient on synthetic samples; both models in fp32."""
     samples = synthetic_samples(layout, seed)
@@ -217,20 +201,17 @@ def compare(native: Model, reference: Any, layout: Layout, seed: int) -> Iterato
         # A key bias moves all scores of a query alike, so its gradient is 0: the query bias's is the scale.
         scale_of = gradients[key.replace("k_proj.bias", "q_proj.bias")]
         error = relative_error(gradient, expected, scale_of if key.endswith("k_proj.bias") else expected)
-        yield Check(f"gradient of {name}", error, GRADIENT_BOUND)
+        yield Check(f"{GRADIENT}{name}", error, GRADIENT_BOUND)
 
 
 def verify(directory: Path, write: Callable[[str], None]) -> bool:
     """Compare on the weights of `directory`, reporting line by line; whether all bounds hold."""
-    native, kind = _native(directory)
-    layout = native.hub_layout()
-    load_from_hub(native, layout, directory)
-    # Dropout is the one thing that differs, by chance, from run to run.
-    native.eval()
-    checks = list(compare(native, _transformers_model(directory, kind), layout, seed=0))
-    gradients = sorted(checks[2:], key=lambda check: check.error, reverse=True)
+    kind = read_json(directory / CONFIG).get("model_type")
+    checks = list(compare_aimv2(directory) if kind in AIMV2_TYPES else _compare_language(directory, kind))
+    gradients = [check for check in checks if check.name.startswith(GRADIENT)]
+    gradients.sort(key=lambda check: check.error, reverse=True)
     write(f"{'':44} {'max rel. error':>14} {'bound':>8}")
-    for check in [*checks[:2], *gradients[:5]]:
+    for check in [*(check for check in checks if check not in gradients), *gradients[:5]]:
         write(f"{check.name:44} {check.error:14.2e} {check.bound:8.0e} {'' if check.passed else ' FAILED'}")
     failed = sum(not check.passed for check in checks)
     verdict = f"{failed} of {len(checks)} checks failed" if failed else "equal to transformers"
@@ -238,9 +219,17 @@ def verify(directory: Path, write: Callable[[str], None]) -> bool:
     return not failed
 
 
-def _native(directory: Path) -> tuple[Model, str]:
+def _compare_language(directory: Path, kind: str | None) -> Iterator[Check]:
+    native, name = _native(directory, kind)
+    layout = native.hub_layout()
+    load_from_hub(native, layout, directory)
+    # Dropout is the one thing that differs, by chance, from run to run.
+    native.eval()
+    yield from compare(native, transformers_model(directory, name), layout, seed=0)
+
+
+def _native(directory: Path, model_type: str | None) -> tuple[Model, str]:
     """The model of a folder, and the class of transformers that it is compared with."""
-    model_type = read_json(directory / CONFIG).get("model_type")
     if model_type in MODEL_TYPES:
         return emu3_from_hub(directory), "Emu3ForCausalLM"
     if model_type in MLLAMA_TYPES:
@@ -248,20 +237,6 @@ def _native(directory: Path) -> tuple[Model, str]:
         kind = "MllamaForCausalLM" if native.vision_config is None else "MllamaForConditionalGeneration"
         return native, kind
     return aria_from_hub(directory), "AriaForConditionalGeneration"
-
-
-def _transformers_model(directory: Path, kind: str) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError("cantata verify compares with transformers, which is not installed here") from error
-    model, report = getattr(transformers, kind).from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True
-    )
-    lost = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
-    if lost:
-        raise CantataError(f"{directory}: transformers does not find its own keys: {', '.join(lost[:10])}")
-    return model
 
 
 def main(arguments: Sequence[str]) -> int:

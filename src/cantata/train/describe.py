@@ -15,7 +15,7 @@ from cantata.data.drops import sum_drops
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
 from cantata.models.lora import matched
-from cantata.models.protocol import Trainable
+from cantata.models.protocol import AssembledFrom, Trainable
 from cantata.parallel.expert import check_ranks
 from cantata.parallel.mesh import MeshSizes, validate
 from cantata.train import humane
@@ -113,7 +113,7 @@ def report(
         stage=kind,
         name=stage.name,
         out=stage.out,
-        origin=origin(stage, start_step),
+        origin=origin(stage, model, start_step),
         engine=engine.settings,
         mesh=validate(stage.mesh, dist.world_size())._asdict(),
         world_size=dist.world_size(),
@@ -182,10 +182,15 @@ def dropped(loader: Loader, held_out: HeldOut) -> list[str]:
     return lines
 
 
-def origin(stage: Stage, start_step: int) -> str:
+def origin(stage: Stage, model: object, start_step: int) -> str:
     """Where the parameters come from."""
     if start_step:
         return f"resumed from step-{start_step:08d}"
+    parts = model.parts() if isinstance(model, AssembledFrom) else ()
+    if parts:
+        return (
+            ", ".join(f"{len(part.names)} tensors from {part.directory}" for part in parts) + ", others new"
+        )
     weights = stage.model["weights"]
     return "from scratch" if weights is None else f"from weights {weights}"
 

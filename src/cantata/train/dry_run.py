@@ -22,7 +22,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from cantata.core.types import Batch, Images, ModelOutput, PixelBatch, Segments
-from cantata.models.protocol import LanguageModel, ReadsAcross, TokenizerOutput, Trainable
+from cantata.models.protocol import (
+    LanguageModel,
+    PairEncoder,
+    PairFeatures,
+    PatchOutput,
+    PatchPredictor,
+    ReadsAcross,
+    TokenizerOutput,
+    Trainable,
+)
 from cantata.nn.moe.balance import balance_loss
 from cantata.parallel.recompute import Recompute, apply_recompute
 from cantata.train.one_rank import Elements, expert_ids
@@ -82,6 +91,7 @@ def synthetic_batch(
     features: Segments,
     patch_values: int,
     first_tokens: Sequence[int] = (),
+    prefix: Segments | None = None,
 ) -> Batch:
     """A batch of these lengths without a pixel or a word: every token is a target, image tokens come first.
 
@@ -91,6 +101,7 @@ def synthetic_batch(
         features: features of each image; their total is at most that of the samples.
         patch_values: values of a patch, channels * patch_size ** 2.
         first_tokens: where images of one feature each stand instead.
+        prefix: first patches of each image that see one another whole; None: all do.
     """
     tokens_T = torch.zeros(samples.total, dtype=torch.int64)
     return Batch(
@@ -108,6 +119,7 @@ def synthetic_batch(
             features=features,
             token_index_Q=torch.tensor(first_tokens) if first_tokens else torch.arange(features.total),
             first_tokens=tuple(first_tokens),
+            prefix=prefix,
         ),
     )
 
@@ -120,6 +132,13 @@ def _loss(model: nn.Module, batch: Batch | PixelBatch) -> Tensor:
         # Both are done with when backward begins, as the losses on pixels are in earnest.
         return made.reconstruction_BTCHW.sum() + made.quantized.loss_sum
     assert isinstance(model, LanguageModel)
+    if isinstance(model, PairEncoder):
+        pairs: PairFeatures = model(batch)
+        scores = pairs.scale * pairs.image_ID @ pairs.text_SD.t()
+        return scores.logsumexp(0).sum() + scores.logsumexp(1).sum()
+    if isinstance(model, PatchPredictor):
+        made_patches: PatchOutput = model(batch)
+        return made_patches.loss_sum + made_patches.predicted_RC.float().square().sum()
     output: ModelOutput = model(batch)
     if output.router is None or model.balance is None:
         return output.loss_sum
@@ -144,7 +163,9 @@ def _few_segments(batch: Batch) -> Batch:
     several lengths become two.
     """
     images = batch.images
-    if len(set(images.patches.lengths)) > 1 or len(set(images.features.lengths)) > 1:
+    ragged = len(set(images.patches.lengths)) > 1 or len(set(images.features.lengths)) > 1
+    # Images with a prefix stay as they are: their masks grow with the squares of their lengths.
+    if ragged and images.prefix is None:
         images = replace(images, patches=_in_two(images.patches), features=_in_two(images.features))
     samples = _in_two(batch.samples) if len(set(batch.samples.lengths)) > 1 else batch.samples
     return replace(batch, samples=samples, images=images)

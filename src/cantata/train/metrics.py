@@ -22,6 +22,10 @@ Record = dict[str, float | int | None]
 """A line of `metrics.jsonl`: `step`, then named values; None where there is none that is finite."""
 
 
+PARTS = "parts/"
+"""Prefix of the sums of a loss' terms, without their coefficients and on one basis, `target_weight_M`."""
+
+
 class StepSums:
     """Adds up the objective's sums over micro-batches, then over ranks.
 
@@ -69,6 +73,20 @@ def loss_metrics(sums: Mapping[str, Tensor], prefix: str = "") -> Record:
         if share:
             record[f"{prefix}loss/{modality}"] = loss_sum / share
     return record
+
+
+def part_metrics(sums: Mapping[str, Tensor], prefix: str = "") -> Record:
+    """`loss/<term>` of each term that an objective names in `PARTS`, without its coefficient.
+
+    Terms are means over the steps in `sums`, which are reduced over ranks; one that had not started counts
+    as 0. `loss_metrics` gives the loss itself.
+    """
+    weight = sums["target_weight_M"].sum().item()
+    return {
+        f"{prefix}loss/{name.removeprefix(PARTS)}": value.item() / weight if weight else None
+        for name, value in sums.items()
+        if name.startswith(PARTS)
+    }
 
 
 def evaluation_metrics(sums: Mapping[str, Tensor]) -> Record:

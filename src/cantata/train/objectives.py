@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from cantata.core.dist import all_reduce_sum
+from cantata.core.errors import ConfigError
 from cantata.core.types import MODALITIES, Batch, ModelOutput, RouterStats, StepTotals
+from cantata.models.protocol import LanguageModel, PairEncoder
 from cantata.nn.moe.balance import BalanceConfig, balance_loss
 from cantata.nn.moe.router import count
 from cantata.train.engine import Loss
@@ -28,10 +30,7 @@ class NextToken:
     def __call__(self, model: nn.Module, batch: Batch, totals: StepTotals) -> Loss:
         output: ModelOutput = model(batch)
         value = output.loss_sum / totals.target_weight
-        sums = {"loss_sum": output.loss_sum.detach(), **_by_modality(output.loss_N, batch)}
-        sums["squared_lengths"] = output.loss_N.new_full(
-            (), float(sum(n * n for n in batch.samples.lengths)), dtype=torch.float64
-        )
+        sums = {"loss_sum": output.loss_sum.detach(), **token_sums(output.loss_N, batch)}
         if output.router is not None and self.balance is not None and torch.is_grad_enabled():
             loss_sum, router_sums = _balance(output.router, batch, self.balance)
             value = value + loss_sum / totals.tokens
@@ -39,8 +38,24 @@ class NextToken:
         return Loss(value, sums)
 
 
-def _by_modality(loss_N: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Targets, their weight and their weighted loss, for each modality of the sample that they stand in."""
+class NextTokenOf(NextToken):
+    """`NextToken` for a model whose routers say how they are balanced.
+
+    Raises `ConfigError` for a model that predicts no tokens.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if isinstance(model, PairEncoder) or not isinstance(model, LanguageModel):
+            raise ConfigError(f"objective=next_token: {type(model).__name__} predicts no tokens")
+        super().__init__(model.balance)
+
+
+def token_sums(loss_N: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """What the metrics need of the targets' losses, as sums over this rank's.
+
+    Targets, their weight and their weighted loss, for each modality of the sample that they stand in, and the
+    squares of the samples' lengths.
+    """
     weight_N = torch.ones_like(loss_N) if batch.target_weight_N is None else batch.target_weight_N
     zeros_M = torch.zeros(len(MODALITIES), device=loss_N.device, dtype=torch.float64)
     modality_N = batch.target_modality_N
@@ -48,6 +63,7 @@ def _by_modality(loss_N: Tensor, batch: Batch) -> dict[str, Tensor]:
         "loss_sum_M": zeros_M.index_add(0, modality_N, (loss_N * weight_N).double()),
         "target_weight_M": zeros_M.index_add(0, modality_N, weight_N.double()),
         "targets_M": count(modality_N, len(MODALITIES)),
+        "squared_lengths": zeros_M.new_tensor(float(sum(n * n for n in batch.samples.lengths))),
     }
 
 

@@ -15,7 +15,14 @@ from cantata.core.build import build
 from cantata.core.errors import ConfigError
 from cantata.core.types import Batch, PixelBatch, Segments
 from cantata.models.lora import base_names
-from cantata.models.protocol import ImageTokenizer, LanguageModel, ReadsAcross, Trainable
+from cantata.models.protocol import (
+    ImageTokenizer,
+    LanguageModel,
+    PairEncoder,
+    PatchPredictor,
+    ReadsAcross,
+    Trainable,
+)
 from cantata.parallel.fake_world import fake_world
 from cantata.parallel.materialize import Index
 from cantata.parallel.mesh import MeshSizes, RankMesh, build_mesh, validate
@@ -233,6 +240,8 @@ def likely_batch(stage: LanguageStage, model: LanguageModel) -> Batch:
     if isinstance(model, ReadsAcross):
         return _likely_across(rows, length, model.patches_per_image, stage.collator["processor"])
     processor = stage.collator["processor"]
+    if isinstance(model, PatchPredictor | PairEncoder):
+        return _likely_patches(model, processor, rows, length)
     path = [name for name, _ in model.named_parameters() if name.startswith(IMAGE_PATH)]
     if not path:
         return synthetic_batch(Segments((length,) * rows), Segments(()), Segments(()), 0)
@@ -265,3 +274,17 @@ def _likely_across(rows: int, length: int, patches: int, processor: Mapping[str,
         CHANNELS * processor["patch_size"] ** 2,
         firsts,
     )
+
+
+def _likely_patches(
+    model: PatchPredictor | PairEncoder, processor: Mapping[str, Any], rows: int, length: int
+) -> Batch:
+    """Rows full of images of the most patches, with half of each for a prefix; of pairs the longest texts."""
+    patches, values = processor["max_patches"], CHANNELS * processor["patch_size"] ** 2
+    if isinstance(model, PairEncoder):
+        pairs = rows * (length // processor["max_length"])
+        texts = Segments((processor["max_length"],) * pairs)
+        return synthetic_batch(texts, Segments((patches,) * pairs), Segments((0,) * pairs), values)
+    images = Segments((patches,) * (rows * (length // patches)))
+    prefix = Segments((max(1, patches // 2),) * len(images.lengths))
+    return synthetic_batch(Segments((length,) * rows), images, images, values, prefix=prefix)

@@ -19,13 +19,11 @@ from cantata.models.protocol import TokenizerOutput
 from cantata.nn.perceptual.base import Perceptual
 from cantata.train.engine import Loss
 from cantata.train.image_metrics import USAGE, ImageMetrics, code_metrics, real_usage
-from cantata.train.metrics import Record
+from cantata.train.metrics import PARTS, Record, part_metrics
 
 if TYPE_CHECKING:
     from cantata.train.critic import Critic
 
-PARTS = "parts/"
-"""Prefix of the sums of the loss' terms, without their coefficients and on one basis, `target_weight_M`."""
 STATISTICS = "statistics/"
 """Prefix of what `Quantizer.update` wants, summed over the step."""
 
@@ -175,16 +173,9 @@ def normalise(pixels: Tensor) -> Tensor:
 def tokenizer_metrics(sums: Mapping[str, Tensor], prefix: str = "") -> Record:
     """`loss/<term>` for each term of the loss, without its coefficient, and what the codes' counts say.
 
-    `sums` are `Reconstruction`'s, reduced over ranks. Terms are means over the steps in `sums`; one that had
-    not started counts as 0. `loss_metrics` gives the loss itself.
+    `sums` are `Reconstruction`'s, reduced over ranks.
     """
-    values = sums["target_weight_M"].sum().item()
-    record: Record = {
-        f"{prefix}loss/{name.removeprefix(PARTS)}": value.item() / values if values else None
-        for name, value in sums.items()
-        if name.startswith(PARTS)
-    }
-    return record | code_metrics(sums[USAGE], prefix)
+    return part_metrics(sums, prefix) | code_metrics(sums[USAGE], prefix)
 
 
 def _sums(

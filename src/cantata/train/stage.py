@@ -21,16 +21,16 @@ from cantata.data.loader import Loader
 from cantata.models.adapter_files import AdapterReader
 from cantata.models.hub import HubReader, parameter_shapes
 from cantata.models.lora import LoRAConfig, apply_lora
-from cantata.models.protocol import ImageTokenizer, LanguageModel
+from cantata.models.protocol import AssembledFrom, HubPart, ImageTokenizer, LanguageModel
 from cantata.nn.lora import is_factor
-from cantata.parallel.materialize import RandomInit, Source, persistent_tensors
+from cantata.parallel.materialize import Assembled, RandomInit, Source, persistent_tensors
 from cantata.parallel.mesh import MeshConfig, build_mesh
 from cantata.train.accuracy import AccuracyConfig
 from cantata.train.adapter import AdapterValues, BaseIdentity
 from cantata.train.checkpoint import CheckpointConfig
 from cantata.train.cluster import ClusterConfig
 from cantata.train.config import LanguageTrainConfig, TrainConfig
-from cantata.train.engine import Engine
+from cantata.train.engine import Engine, Objective
 from cantata.train.loggers import LoggerConfig
 from cantata.train.optim import ParameterRule
 
@@ -88,6 +88,14 @@ class LanguageStage(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PretrainStage(LanguageStage):
+    """Every key of pretraining."""
+
+    objective: dict[str, Any] = slot(runtime=("model",))
+    """What is minimised: the next token, or what a model of another kind learns by."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FineTuneStage(LanguageStage):
     """Every key of supervised fine-tuning."""
 
@@ -113,6 +121,12 @@ class LoRAStage(FineTuneStage):
 
     lora: LoRAConfig
     """Which parts get low-rank adapters; all else is frozen."""
+
+
+def build_objective(stage: PretrainStage, model: nn.Module) -> Objective:
+    """What the model learns by; `ConfigError` where it cannot learn by that."""
+    objective: Objective = build(stage.objective, model=model)
+    return objective
 
 
 def require_weights(stage: LanguageStage) -> None:
@@ -192,6 +206,9 @@ def initial_values(stage: Stage, model: nn.Module) -> Source:
 
 def base_values(weights: str | None, seed: int, model: nn.Module) -> Source:
     """The values of a model's own parameters, adapters left out; of an image tokenizer its buffers too."""
+    parts = model.parts() if isinstance(model, AssembledFrom) else ()
+    if parts:
+        return Assembled(RandomInit(model, seed), [_reader(part, model) for part in parts])
     if weights is None:
         return RandomInit(model, seed)
     if isinstance(model, ImageTokenizer):
@@ -201,3 +218,8 @@ def base_values(weights: str | None, seed: int, model: nn.Module) -> Source:
     assert isinstance(model, LanguageModel)
     shapes = {name: shape for name, shape in parameter_shapes(model).items() if not is_factor(name)}
     return HubReader(weights, model.hub_layout(), shapes)
+
+
+def _reader(part: HubPart, model: nn.Module) -> HubReader:
+    shapes = {name: shape for name, shape in parameter_shapes(model).items() if name in part.names}
+    return HubReader(part.directory, part.layout, shapes)

@@ -12,10 +12,10 @@ from torch import Tensor
 from cantata.core.types import MODALITIES
 from cantata.train.expert_metrics import expert_metrics
 from cantata.train.flops import device_name, model_flops_utilisation, peak_flops
-from cantata.train.image_metrics import USAGE
+from cantata.train.image_metrics import USAGE, code_metrics
 from cantata.train.memory import peak_memory_gib
-from cantata.train.metrics import Record, loss_metrics
-from cantata.train.reconstruction import STATISTICS, tokenizer_metrics
+from cantata.train.metrics import Record, loss_metrics, part_metrics
+from cantata.train.reconstruction import STATISTICS
 
 if TYPE_CHECKING:
     from cantata.train.loop import StepResult
@@ -87,8 +87,9 @@ class Window:
         record |= router_metrics(self._sums)
         if "tokens_per_expert_LME" in self._sums:
             record |= expert_metrics(self._sums["tokens_per_expert_LME"])
+        record |= part_metrics(self._sums)
         if USAGE in self._sums:
-            record |= tokenizer_metrics(self._sums)
+            record |= code_metrics(self._sums[USAGE])
         self._clear()
         return record
 

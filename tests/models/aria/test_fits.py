@@ -7,12 +7,12 @@ import pytest
 from cantata.core.build import build
 from cantata.core.config import compose, load
 from cantata.core.errors import ConfigError
-from cantata.train.stage import LanguageStage, build_model
+from cantata.train.stage import PretrainStage, build_model
 
 
 def check(*overrides: str) -> None:
     composed = compose("pretrain", ["experiment=aria_mini", *overrides])
-    stage = load(composed.node, LanguageStage, composed.origins)
+    stage = load(composed.node, PretrainStage, composed.origins)
     build_model(stage).check_processor(build(stage.collator).processor)  # type: ignore[operator]
 
 

@@ -2,5 +2,6 @@
 
 from cantata.data.collate.packed import PackedCollator, Row
 from cantata.data.collate.pixels import ImageCollator
+from cantata.data.collate.prefix import PrefixCollator
 
-__all__ = ["ImageCollator", "PackedCollator", "Row"]
+__all__ = ["ImageCollator", "PackedCollator", "PrefixCollator", "Row"]

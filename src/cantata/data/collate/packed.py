@@ -39,6 +39,8 @@ class Row(NamedTuple):
     features: tuple[int, ...]
     """Features of each image."""
     info: RowInfo | None
+    prefix: tuple[int, ...] | None = None
+    """First patches of each image that see one another whole; None where all do."""
 
 
 class PackedCollator:
@@ -118,6 +120,7 @@ class PackedCollator:
                 features=features,
                 token_index_Q=torch.from_numpy(token_index_Q),
                 first_tokens=tuple(first_tokens.tolist()),
+                prefix=_prefix(rows),
             ),
             rows=tuple(row.info for row in rows if row.info is not None),
             target_weight_N=None if (target_weight_N == 1).all() else torch.from_numpy(target_weight_N),
@@ -158,6 +161,11 @@ def _cat(parts: Sequence[NDArray[Any] | Tensor]) -> Tensor:
     return torch.as_tensor(
         parts[0] if len(parts) == 1 else np.concatenate([np.asarray(part) for part in parts])
     )
+
+
+def _prefix(rows: Sequence[Row]) -> Segments | None:
+    parts = [row.prefix for row in rows if row.prefix is not None]
+    return Segments(tuple(count for part in parts for count in part)) if len(parts) == len(rows) else None
 
 
 def _join(images: Sequence[ImagePatches], patch_values: int) -> tuple[np.ndarray, np.ndarray]:

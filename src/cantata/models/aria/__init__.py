@@ -2,7 +2,7 @@
 
 from cantata.models.aria.config import AriaMoEConfig, AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
 from cantata.models.aria.model import Aria, aria_from_hub
-from cantata.models.aria.processor import AriaProcessor
+from cantata.models.aria.processor import AriaProcessor, TruePositionProcessor
 
 __all__ = [
     "Aria",
@@ -11,5 +11,6 @@ __all__ = [
     "AriaProjectorConfig",
     "AriaTextConfig",
     "AriaVisionConfig",
+    "TruePositionProcessor",
     "aria_from_hub",
 ]

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
 
 from cantata.core.errors import ConfigError
+from cantata.core.types import Images
+from cantata.models.protocol import HubPart
 from cantata.nn.moe.balance import BalanceConfig
 
 
@@ -34,9 +39,69 @@ class AriaVisionConfig:
         return self.image_size // self.patch_size
 
     @property
+    def true_positions(self) -> bool:
+        """Positions are stretched: see `OtherTower`."""
+        return False
+
+    @property
     def patch_values(self) -> int:
         """Values of a flattened patch."""
         return self.num_channels * self.patch_size**2
+
+
+class Tower(Protocol):
+    """An image encoder: a module that gives a feature for each patch."""
+
+    @property
+    def embeddings(self) -> nn.Module: ...
+
+    @property
+    def layers(self) -> nn.ModuleList: ...
+
+    def __call__(self, images: Images) -> Tensor: ...
+
+
+@runtime_checkable
+class OtherTower(Protocol):
+    """Settings of another family's image encoder in the place of Aria's own tower."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def num_channels(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def patch_size(self) -> int: ...
+
+    @property
+    def initializer_range(self) -> float: ...
+
+    @property
+    def grid(self) -> int:
+        """Side of the grid that position ids count in."""
+        ...
+
+    @property
+    def patch_values(self) -> int:
+        """Values of a flattened patch."""
+        ...
+
+    @property
+    def true_positions(self) -> bool:
+        """Whether it wants a patch's own row and column, where Aria stretches both over the whole grid."""
+        ...
+
+    def build(self) -> Tower:
+        """The encoder."""
+        ...
+
+    def part(self, names: frozenset[str]) -> HubPart | None:
+        """Where its initial values come from; None for random ones."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,13 @@ import torch
 
 from cantata.core.errors import ConfigError
 from cantata.core.samples import Processor
-from cantata.models.aria.config import AriaMoEConfig, AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
+from cantata.models.aria.config import (
+    AriaMoEConfig,
+    AriaProjectorConfig,
+    AriaTextConfig,
+    AriaVisionConfig,
+    OtherTower,
+)
 from cantata.models.aria.hub_processor import write_processor
 from cantata.models.aria.processor import AriaProcessor
 from cantata.models.hub import CONFIG, read_json
@@ -79,7 +85,7 @@ _TEXT_ABSENT: dict[str, Any] = {
 class AriaLayout(NamedTuple):
     """The hub's names, shapes and `config.json` of one Aria."""
 
-    vision: AriaVisionConfig
+    vision: AriaVisionConfig | OtherTower
     projector: AriaProjectorConfig
     text: AriaTextConfig
     image_token_id: int
@@ -109,7 +115,7 @@ class AriaLayout(NamedTuple):
 
     def hub_shape(self, name: str, shape: torch.Size) -> torch.Size:
         """The patch embedding is a convolution there: (D, channels, rows, columns)."""
-        if name != _PATCHES:
+        if name != _PATCHES or not isinstance(self.vision, AriaVisionConfig):
             return shape
         side = self.vision.patch_size
         return torch.Size((shape[0], self.vision.num_channels, side, side))
@@ -117,8 +123,12 @@ class AriaLayout(NamedTuple):
     def hub_config(self) -> dict[str, object]:
         """`config.json` of `AriaForConditionalGeneration`.
 
-        Raises `ConfigError` for node-limited routing, which that class does not have.
+        Raises `ConfigError` for node-limited routing and for another tower, which that class does not have.
         """
+        if not isinstance(self.vision, AriaVisionConfig):
+            raise ConfigError(
+                f"model.vision is {type(self.vision).__name__}, no part of a published Aria; ask the run"
+            )
         moe = self.text.moe
         if moe.top_groups < moe.num_groups:
             raise ConfigError(

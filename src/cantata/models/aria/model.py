@@ -11,14 +11,20 @@ from torch import Tensor, nn
 from cantata.core.errors import ConfigError
 from cantata.core.samples import Processor
 from cantata.core.types import Batch, Images, ModelOutput, RouterStats
-from cantata.models.aria.config import AriaProjectorConfig, AriaTextConfig, AriaVisionConfig
+from cantata.models.aria.config import (
+    AriaProjectorConfig,
+    AriaTextConfig,
+    AriaVisionConfig,
+    OtherTower,
+    Tower,
+)
 from cantata.models.aria.decoder import DecoderBlock
 from cantata.models.aria.hf import AriaLayout, read_hub_config
 from cantata.models.aria.processor import AriaProcessor
 from cantata.models.aria.projector import Projector
 from cantata.models.aria.vision import VisionTower
 from cantata.models.lora import base_names
-from cantata.models.protocol import DecodingStep, Unit
+from cantata.models.protocol import DecodingStep, HubPart, Unit
 from cantata.nn.attention import PackedAttention
 from cantata.nn.head import LanguageHead
 from cantata.nn.moe.balance import BalanceConfig
@@ -38,14 +44,14 @@ class Decoder(nn.Module):
 class Aria(nn.Module):
     """The whole model, from packed tokens and patches to the loss.
 
-    vision, projector, text: shapes and settings of the three parts.
+    vision, projector, text: shapes and settings of the three parts; `vision` may be another family's tower.
     image_token_id: the placeholder that image features replace.
     weights: Hugging Face directory to start from, or null for random weights; the recipe reads it.
     """
 
     def __init__(
         self,
-        vision: AriaVisionConfig,
+        vision: AriaVisionConfig | OtherTower,
         projector: AriaProjectorConfig,
         text: AriaTextConfig,
         image_token_id: int,
@@ -55,7 +61,12 @@ class Aria(nn.Module):
         self.vision_config, self.projector_config, self.text_config = vision, projector, text
         self.image_token_id = image_token_id
         self.weights = weights
-        self.vision = VisionTower(vision)
+        if weights is not None and not isinstance(vision, AriaVisionConfig):
+            raise ConfigError(
+                "model.weights names an Aria, which has a tower of its own; set it to null, and "
+                "model.vision.weights to the tower's folder"
+            )
+        self.vision: Tower = VisionTower(vision) if isinstance(vision, AriaVisionConfig) else vision.build()
         heads = vision.num_attention_heads
         self.projector = Projector(projector, vision.hidden_size, heads, text.hidden_size)
         self.text = Decoder(text)
@@ -121,6 +132,14 @@ class Aria(nn.Module):
             Unit("head", self.head, False),
         ]
 
+    def parts(self) -> Sequence[HubPart]:
+        """Another family's tower, where it comes from a folder of its own."""
+        if isinstance(self.vision_config, AriaVisionConfig):
+            return ()
+        names = {name for name, _ in self.named_parameters() if name.startswith("vision.")}
+        part = self.vision_config.part(frozenset(names))
+        return () if part is None else (part,)
+
     def moe_layers(self) -> Sequence[MoELayer]:
         """The decoder's MoE layers, first to last."""
         return [layer.mlp for layer in self.text.layers if isinstance(layer, DecoderBlock)]
@@ -173,6 +192,8 @@ class Aria(nn.Module):
             "patch_size": (processor.patch_values, self.vision_config.patch_values, "values of a patch"),
         }
         if isinstance(processor, AriaProcessor):
+            true_positions = self.vision_config.true_positions
+            wanted["true_positions"] = (processor.true_positions, true_positions, "model.vision")
             side, grid = processor.image_size // processor.patch_size, self.vision_config.grid
             features = self.projector_config.patch_to_query.get(side**2)
             wanted["position_grid"] = (processor.position_grid, grid, "model.vision.image_size / patch_size")

@@ -67,6 +67,9 @@ class AriaProcessor(ChatProcessor):
     Raises `ConfigError` where the file is no tokenizer, a token is not in it, or the sizes do not fit.
     """
 
+    true_positions = False
+    """Whether a patch's position is its own row and column; else both are stretched over the whole grid."""
+
     def __init__(
         self,
         tokenizer: str,
@@ -158,9 +161,25 @@ class AriaProcessor(ChatProcessor):
         patches_PC, rows, columns = crops.patches(
             to_rgb(crop), self.image_size, self.min_image_size, self.patch_size, self.resampling
         )
-        return ImagePatches(
-            patches_PC, _positions(rows, columns, self.position_grid), self.features_per_image
-        )
+        positions_P = self.position_ids(rows, columns)
+        return ImagePatches(patches_PC, positions_P, self.features_per_image)
+
+    def position_ids(self, rows: int, columns: int) -> NDArray[np.int64]:
+        """Position ids of an image of so many patches, row by row."""
+        return _positions(rows, columns, self.position_grid)
+
+
+class TruePositionProcessor(AriaProcessor):
+    """`AriaProcessor` for a tower that computes positions from a patch's own row and column.
+
+    Args: as of `AriaProcessor`.
+    """
+
+    true_positions = True
+
+    def position_ids(self, rows: int, columns: int) -> NDArray[np.int64]:
+        """`row * position_grid + column`."""
+        return (np.arange(rows)[:, None] * self.position_grid + np.arange(columns)).flatten()
 
 
 @lru_cache(maxsize=1024)
