@@ -57,7 +57,7 @@ SHORT = (
     "schedule.warmup_steps=60",
     "schedule.decay_steps=250",
 )
-TOKENIZER = Movement("vq", "vq", "emoji_vq", ("train.max_steps=600", "train.eval_every=600", *RATE))
+TOKENIZER = Movement("vq", "vq", "emoji_vq", SHORT)
 TRAINED = (
     Movement("pretrain", "pretrain", "aria_mini", ("train.max_steps=75", "train.eval_every=75")),
     Movement("sft", "sft", "emoji_sft", ("train.max_steps=45", "train.eval_every=45")),
