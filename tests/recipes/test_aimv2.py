@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from cantata import cli
-from tests.recipes.runner import final, metrics, run
+from tests.recipes.runner import final, metrics, run, tensors
 
 SMALL = (
     *("model.vision.hidden_size=32", "model.vision.intermediate_size=48", "model.vision.num_hidden_layers=1"),
@@ -169,9 +169,12 @@ def test_native_images_and_a_resume(tmp_path: Path) -> None:
         *("collator.processor.image_size=256", f"data.sources.emoji.augment={area}"),
     )
     for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
-        given = (f"train.max_steps={steps}", "checkpoint.every=2")
+        given = (f"train.max_steps={steps}", "checkpoint.every=2", "schedule=constant", "~schedule.min_ratio")
         assert run("pretrain", *TINY_AIMV2, *native, *given, f"out={tmp_path / out}") == 0
     whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
     assert [line["step"] for line in parts] == [1, 2, 3, 4]
-    assert whole[0]["loss"] == parts[0]["loss"]
+    assert [line["loss"] for line in whole] == [line["loss"] for line in parts]
+    one, other = (tensors(tmp_path / out / "checkpoints" / "step-00000004") for out in ("whole", "parts"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert len({line["tokens"] for line in whole}) == 4
