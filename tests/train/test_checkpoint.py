@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
@@ -103,18 +102,6 @@ def test_background_saves_hold_the_values_of_their_moment(tmp_path: Path) -> Non
     loaded = engine(0)
     checkpoints.load(tmp_path / "checkpoints" / "step-00000001", loaded)
     assert all(torch.equal(value, torch.full_like(value, 1)) for value in loaded.tensors.values())
-
-
-def test_no_thread_outlives_a_save_in_the_background(tmp_path: Path) -> None:
-    before = set(threading.enumerate())
-    checkpoints = Checkpointer(tmp_path, config(background=True), FINGERPRINT)
-    checkpoints.save(1, engine(1), {}, {})
-    checkpoints.wait()
-    for thread in set(threading.enumerate()) - before:
-        if thread.name.startswith("checkpoint"):
-            thread.join(timeout=20)
-            assert not thread.is_alive()
-    checkpoints.close()
 
 
 def test_a_step_saved_twice_is_written_once(tmp_path: Path, checkpoints: Checkpointer) -> None:

@@ -97,6 +97,7 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._files = CheckpointFiles(run_dir)
         self._lock: RunLock | None = None
+        self._writer = _writer()
         self._pending: Future[None] | None = None
         self._last_step: int | None = None
         self._on_main(self._open)
@@ -168,11 +169,7 @@ class Checkpointer:
             "extra": dict(extra),
         }
         if self._config.background:
-            writer = _writer()
-            self._pending = writer.submit(self._write, step, _copy_to_host(tensors), document, best)
-            # The thread ends with its work: while it lives, so do OpenMP's threads for it, and where they
-            # outnumber the cores those of training no longer wait awake for their next piece of work.
-            writer.shutdown(wait=False)
+            self._pending = self._writer.submit(self._write, step, _copy_to_host(tensors), document, best)
         else:
             self._write(step, tensors, document, best)
         self._last_step = step
@@ -224,6 +221,7 @@ class Checkpointer:
         try:
             self.wait()
         finally:
+            self._writer.shutdown()
             if self._lock is not None:
                 self._lock.release()
 
