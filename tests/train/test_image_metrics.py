@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from cantata.core.types import PixelBatch
 from cantata.models.protocol import TokenizerOutput
+from cantata.nn.perceptual.frechet import Moments, frechet_distance
 from cantata.nn.quantize.base import Quantized, usage
 from cantata.train.image_metrics import ImageMetrics, code_metrics, psnr, ssim
 from cantata.train.metrics import StepSums
@@ -116,6 +118,30 @@ def test_a_clip_is_the_mean_of_its_frames() -> None:
     assert of_clip["eval/images"] == 1
     for name in ("psnr", "ssim", "brightness"):
         assert of_clip[f"eval/{name}"] == pytest.approx(of_frames[f"eval/{name}"])
+
+
+class Colours:
+    """Stands in for Inception: the mean of each colour."""
+
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        assert torch.equal(x_BCHW, x_BCHW.round())
+        return x_BCHW.mean((2, 3))
+
+
+def test_rfid_is_of_whole_pixels_and_adds_up() -> None:
+    inception: Any = Colours()
+    metrics, parts = (
+        ImageMetrics(None, inception),
+        [images(3, seed=1, side=SIDE), images(2, seed=2, side=SIDE)],
+    )
+    found = metrics.metrics(reduced(metrics, *parts))["eval/rfid"]
+    real = torch.cat([part.pixels_BTCHW[:, 0] for part in parts]).double()
+    fake = torch.cat([noisy(part).reconstruction_BTCHW[:, 0] for part in parts]).double()
+    fake = ((fake + 1) * 127.5).clamp(0, 255).round()
+    wanted = frechet_distance(*(Moments.of(x.mean((2, 3))) for x in (real, fake)))
+    assert found == pytest.approx(wanted, rel=1e-9)
+    assert found > 0
+    assert "eval/rfid" not in ImageMetrics(None).metrics(reduced(ImageMetrics(None), *parts))
 
 
 def test_perplexity_counts_evenly_used_codes() -> None:

@@ -134,7 +134,7 @@ def report(
         memory=needs.memory,
         traffic=needs.traffic,
         flops_per_step=tokens * model.flops_per_token(length),
-        notes=[*adapters(stage, model), *unheard(stage), *notes],
+        notes=[*adapters(stage, model), *unheard(stage), *unmeasured(stage), *notes],
     )
 
 
@@ -169,6 +169,13 @@ def unheard(stage: Stage) -> list[str]:
     if start < end:
         return []
     return [f"critic.start_generator={start}, train.max_steps={end}: the model never hears of the critic"]
+
+
+def unmeasured(stage: Stage) -> list[str]:
+    """What evaluations of an image tokenizer leave out for want of weights."""
+    if not isinstance(stage, TokenizerStage) or stage.inception is not None or not stage.train.eval_every:
+        return []
+    return ["eval/rfid is left out: inception names no file of weights"]
 
 
 def dropped(loader: Loader, held_out: HeldOut) -> list[str]:

@@ -15,6 +15,7 @@ from cantata.core.types import PixelBatch
 from cantata.models.protocol import TokenizerOutput
 from cantata.nn.perceptual.base import Perceptual
 from cantata.nn.perceptual.frechet import Moments, frechet_distance
+from cantata.nn.perceptual.inception import Inception
 from cantata.nn.quantize.base import Quantized, usage
 from cantata.train.metrics import Record
 
@@ -22,6 +23,8 @@ USAGE = "codes/usage_K"
 """Name of the sum of codes' counts."""
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 """Of SSIM, as published: pixels of the Gaussian window and its deviation, and two constants."""
+FRECHET, RFID = "frechet/", "rfid/"
+"""Prefixes of the moments of features, of the perceptual network and of Inception."""
 HIGHEST_PSNR = 100.0
 """Decibels of a frame without any error, whose ratio would be infinite."""
 
@@ -33,12 +36,15 @@ class ImageMetrics:
 
     Args:
         perceptual: adds its distance, and the Frechet distance of its features between originals and
-            reconstructions, both under its name; None adds neither. Neither is LPIPS or rFID unless the
-            network is that of LPIPS; rFID would need Inception's weights and is not offered.
+            reconstructions, both under its name; None adds neither. Its distance is LPIPS only where the
+            network is that of LPIPS, and the Frechet distance is never rFID.
+        inception: adds rFID, the Frechet distance of its features on pixels rounded to 8 bits; None leaves it
+            out.
     """
 
-    def __init__(self, perceptual: Perceptual | None) -> None:
+    def __init__(self, perceptual: Perceptual | None, inception: Inception | None = None) -> None:
         self.perceptual = perceptual
+        self.inception = inception
 
     @torch.no_grad()
     def sums(self, batch: PixelBatch, output: TokenizerOutput) -> dict[str, Tensor]:
@@ -55,23 +61,23 @@ class ImageMetrics:
         }
         if self.perceptual is not None:
             sums |= self._perceived(self.perceptual, real_FCHW, fake_FCHW, frames)
+        if self.inception is not None:
+            sums |= _moments("real", self.inception.features(real_FCHW), RFID)
+            sums |= _moments("fake", self.inception.features(fake_FCHW.round()), RFID)
         return sums
 
     def metrics(self, sums: Mapping[str, Tensor]) -> Record:
-        """`eval/psnr` (dB), `eval/ssim`, `eval/<distance>`, `eval/frechet_<features>`, `eval/usage`,
-        `eval/perplexity` and `eval/images`, from reduced sums."""
+        """`eval/psnr` (dB), `eval/ssim`, `eval/<distance>`, `eval/frechet_<features>`, `eval/rfid`,
+        `eval/usage`, `eval/perplexity` and `eval/images`, from reduced sums."""
         count = sums["images/count"].item()
         record: Record = {"eval/images": int(count)}
         names = ["psnr", "ssim", *([] if self.perceptual is None else [self.perceptual.name])]
         for name in names:
             record[f"eval/{name}"] = sums[f"images/{name}"].item() / count if count else None
         if self.perceptual is not None:
-            real, fake = (
-                Moments(*(sums[f"frechet/{side}/{part}"] for part in Moments._fields))
-                for side in ("real", "fake")
-            )
-            name = f"eval/frechet_{self.perceptual.features_name}"
-            record[name] = frechet_distance(real, fake) if real.images > 1 else None
+            record[f"eval/frechet_{self.perceptual.features_name}"] = _distance(sums, FRECHET)
+        if self.inception is not None:
+            record["eval/rfid"] = _distance(sums, RFID)
         return record | code_metrics(sums[USAGE], "eval/")
 
     @staticmethod
@@ -82,9 +88,21 @@ class ImageMetrics:
         distance = perceptual.distance(real_FCHW, fake_FCHW).double().sum() / frames
         sums = {f"images/{perceptual.name}": distance}
         for side, x_FCHW in (("real", real_FCHW), ("fake", fake_FCHW)):
-            moments = Moments.of(perceptual.features(x_FCHW))
-            sums |= {f"frechet/{side}/{name}": part for name, part in moments._asdict().items()}
+            sums |= _moments(side, perceptual.features(x_FCHW), FRECHET)
         return sums
+
+
+def _moments(side: str, features_NF: Tensor, prefix: str) -> dict[str, Tensor]:
+    parts = Moments.of(features_NF)._asdict()
+    return {f"{prefix}{side}/{name}": part for name, part in parts.items()}
+
+
+def _distance(sums: Mapping[str, Tensor], prefix: str) -> float | None:
+    """None of fewer than two images."""
+    real, fake = (
+        Moments(*(sums[f"{prefix}{side}/{part}"] for part in Moments._fields)) for side in ("real", "fake")
+    )
+    return frechet_distance(real, fake) if real.images > 1 else None
 
 
 def psnr(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:

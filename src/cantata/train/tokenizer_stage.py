@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
 from cantata.models.protocol import ImageTokenizer
 from cantata.nn.perceptual.base import Perceptual
+from cantata.nn.perceptual.inception import Inception
 from cantata.train.config import TrainConfig
 from cantata.train.critic import Critic, CriticConfig
 from cantata.train.image_metrics import ImageMetrics
@@ -34,6 +36,8 @@ class TokenizerStage(Stage):
     loss: LossConfig
     perceptual: dict[str, Any] | None = slot()
     """Network whose features tell how like two images are; null: none."""
+    inception: Path | None
+    """File of Inception's weights, by which evaluations tell rFID; null: they leave it out."""
     critic: CriticConfig | None
     """Discriminator that learns to tell reconstructions from images; null: none."""
 
@@ -63,7 +67,7 @@ def build_image_data(stage: TokenizerStage, model: nn.Module) -> tuple[Loader, H
 def build_objective(stage: TokenizerStage, model: nn.Module) -> tuple[Reconstruction, Critic | None]:
     """What the model learns by, and the critic that learns beside it.
 
-    Raises `ConfigError` where the weights of a perceptual network are not there.
+    Raises `ConfigError` where the weights of a perceptual network or of Inception are not there.
     """
     assert isinstance(model, ImageTokenizer)
     perceptual: Perceptual | None = None
@@ -72,5 +76,6 @@ def build_objective(stage: TokenizerStage, model: nn.Module) -> tuple[Reconstruc
     critic = None
     if stage.critic is not None:
         critic = Critic(stage.critic, stage.seed, stage.train.max_steps, dist.device())
-    metrics = ImageMetrics(perceptual)
+    inception = None if stage.inception is None else Inception(stage.inception).to(dist.device())
+    metrics = ImageMetrics(perceptual, inception)
     return Reconstruction(stage.loss, perceptual, critic, model.last_layer, metrics), critic
