@@ -104,7 +104,7 @@ def test_a_checkpoint_holds_averages_codebook_and_critic(whole_run: Path) -> Non
 @pytest.mark.slow
 def test_a_longer_run_continues_a_finished_one_bit_for_bit(tmp_path: Path) -> None:
     """Stopped when the critic has learned one step and the model has not heard of it."""
-    constant = (*SMALL_EMA, *CRITIC, "schedule=constant", "~schedule.min_ratio")
+    constant = (*SMALL_EMA, *CRITIC, "schedule=constant", "~schedule.min_ratio", "~schedule.decay_steps")
     assert vq(tmp_path / "once", *constant, "train.max_steps=5") == 0
     assert vq(tmp_path / "twice", *constant, "train.max_steps=2") == 0
     assert vq(tmp_path / "twice", *constant, "train.max_steps=5") == 0
@@ -253,7 +253,7 @@ def test_emu3s_tokenizer_trains_on_images_and_clips(tmp_path: Path, frames: int)
         "train.micro_batch_size=2",
         "train.max_steps=2",
     )
-    plain = TINY_VQ[0], *TINY_VQ[5:]
+    plain = TINY_VQ[0], *TINY_VQ[6:]
     assert run("vq", *plain, *given, *images_of(folder), f"out={tmp_path / 'run'}") == 0
     lines = metrics(tmp_path / "run")
     assert [line["tokens"] for line in lines] == [2 * 64, 4 * 64]

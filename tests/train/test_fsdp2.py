@@ -158,7 +158,7 @@ def test_a_foreign_state_is_refused() -> None:
 
 
 def test_skip_forgets_the_gradients() -> None:
-    engine = build_engine()
+    engine = build_engine(precision="bf16")
     before = {name: value.full_tensor().clone() for name, value in engine.model.named_parameters()}
     engine.forward_backward(BATCH, NextToken(BALANCE), TOTALS, last=True)
     engine.skip()

@@ -81,8 +81,8 @@ class Images:
     token_index_Q: Tensor
     """Position in the packed tokens of each feature, int64."""
     first_tokens: tuple[int, ...] = ()
-    """Position in the packed tokens of each image's first feature; on the host, for models whose text
-    attends to images by where they stand."""
+    """Position in the packed tokens of the first feature of each image that has any; on the host, for models
+    whose text attends to images by where they stand."""
     prefix: Segments | None = None
     """First patches of each image that see one another whole, where later ones see those before them alone;
     None where all patches of an image see each other."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from cantata.core.errors import ConfigError, RunError
@@ -26,20 +25,15 @@ def unchanged(item: Any) -> Any:
     return item
 
 
-def received(items: Iterator[Any], *, has_workers: bool) -> Any:
-    """The next item of a `DataLoader`, see `arrived`.
+DYING = (RuntimeError, OSError, EOFError)
+"""What reading from a worker that was killed raises; which one depends on where it died."""
 
-    Raises `RunError` where a worker was killed, and `StopIteration` at the end.
-    """
-    try:
-        item = next(items)
-    except (RuntimeError, OSError, EOFError) as error:
-        if not has_workers:
-            raise
-        # Which one depends on where the worker died.
-        cause = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunError(f"a data worker ended ({cause}); did it run out of memory?") from error
-    return arrived(item)
+
+def died(error: Exception) -> RunError:
+    """The one line for an error of `DYING`. It must be raised where the iterator is no local: a traceback that
+    is kept would keep the workers too."""
+    cause = (str(error) or type(error).__name__).splitlines()[0]
+    return RunError(f"a data worker ended ({cause}); did it run out of memory?")
 
 
 def arrived(item: Any) -> Any:

@@ -27,7 +27,7 @@ from cantata.core.types import MicroBatch, RowInfo
 from cantata.data.ahead import one_ahead, repeated
 from cantata.data.collate.base import Collator
 from cantata.data.drops import sum_drops, sum_reads
-from cantata.data.handover import Failure, leave_signals_to_the_trainer, received, unchanged
+from cantata.data.handover import DYING, Failure, arrived, died, leave_signals_to_the_trainer, unchanged
 from cantata.data.order import BLOCK, Order
 from cantata.data.reading import Drop, Reader, Source
 from cantata.data.rows import RowMaker, check_states
@@ -253,8 +253,13 @@ class Loader:
         sources = [iter(self._prefetched(streams[worker::workers])) for worker in range(workers)]
         try:
             for turn in count():
-                source = sources[turn % len(streams) % workers]
-                yield received(source, has_workers=self._num_workers > 0)
+                try:
+                    item = next(sources[turn % len(streams) % workers])
+                except DYING as error:
+                    if not self._num_workers:
+                        raise
+                    raise died(error) from error
+                yield arrived(item)
         finally:
             # A traceback that is kept would keep the workers too, and with them the process.
             sources.clear()

@@ -27,7 +27,7 @@ from cantata.core.schema import slot
 from cantata.data.assembly import build_sources
 from cantata.data.collate.pixels import ImageCollator
 from cantata.data.config import ImageDataConfig
-from cantata.data.handover import Failure, arrived, leave_signals_to_the_trainer, received, unchanged
+from cantata.data.handover import DYING, Failure, arrived, died, leave_signals_to_the_trainer, unchanged
 from cantata.data.reading import Drop, Reader
 from cantata.data.tokenized import MANIFEST, SCHEMA, read_manifest
 from cantata.models.protocol import ImageTokenizer
@@ -190,7 +190,12 @@ def _read(reader: Reader, shard: Shard, data: ImageDataConfig) -> Generator[tupl
     )
     try:
         for _ in shard.indices:
-            index, item = received(items, has_workers=has_workers)
+            try:
+                index, item = next(items)
+            except DYING as error:
+                if not has_workers:
+                    raise
+                raise died(error) from error
             yield index, arrived(item)
     finally:
         # A traceback that is kept would keep the workers too.

@@ -103,7 +103,9 @@ class PackedCollator:
         target_weight_N = np.concatenate([row.weight_T for row in rows])[target_index_N]
         token_index_Q = np.flatnonzero(tokens_FT[IDS] == self.processor.image_token_id)
         features = Segments(tuple(count for row in rows for count in row.features))
-        first_tokens = token_index_Q[features.offsets()[:-1].numpy()]
+        first_tokens = token_index_Q[
+            features.offsets()[:-1].numpy()[np.array(features.lengths, dtype=int) > 0]
+        ]
         ids_T, labels_T, positions_T, modality_T, _ = torch.from_numpy(tokens_FT)
         return Batch(
             input_ids_T=ids_T,
