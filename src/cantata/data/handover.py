@@ -30,8 +30,10 @@ DYING = (RuntimeError, OSError, EOFError)
 
 
 def died(error: Exception) -> RunError:
-    """The one line for an error of `DYING`. It must be raised where the iterator is no local: a traceback that
-    is kept would keep the workers too."""
+    """The one line for an error of `DYING`.
+
+    Raise it where the iterator is no local: a traceback that is kept would keep the workers too.
+    """
     cause = (str(error) or type(error).__name__).splitlines()[0]
     return RunError(f"a data worker ended ({cause}); did it run out of memory?")
 
