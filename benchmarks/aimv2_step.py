@@ -151,7 +151,7 @@ def packed(samples: Sequence[Sample], grid: int) -> Batch:
             patches,
             patches,
             torch.cat(places),
-            Segments(tuple(one.prefix for one in samples)),
+            prefix=Segments(tuple(one.prefix for one in samples)),
         ),
         target_weight_N=torch.cat(weights),
     ).to(DEVICE)
