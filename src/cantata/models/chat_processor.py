@@ -35,6 +35,10 @@ class ChatProcessor(ABC):
     Raises `ConfigError` where the file is no tokenizer, or a token is not in it.
     """
 
+    _document_end: int
+    _message_end: int
+    """What ends a document, and a turn; a family's own tokens."""
+
     def __init__(
         self,
         tokenizer: str,
@@ -55,6 +59,11 @@ class ChatProcessor(ABC):
             self._load_template(
                 chat_template, load_tokenizer(tokenizer), not_ends=(image_token, *around_images)
             )
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """What ends a generation."""
+        return self._document_end, self._message_end
 
     def encode(self, example: Example, key: str) -> Sample:
         """A training sample. Raises `DataError` for an unknown role, an image without pixels, or codes."""
@@ -145,8 +154,7 @@ class ChatProcessor(ABC):
     def _encode_template(self, text: str) -> list[int]:
         # A template writes the same few pieces again and again.
         if text not in self._template_ids:
-            ids: list[int] = self._template_tokenizer.encode(text, add_special_tokens=False).ids
-            self._template_ids[text] = ids
+            self._template_ids[text] = text_ids(self._template_tokenizer, text)
         return self._template_ids[text]
 
     def _add_parts(self, draft: Draft, parts: Iterable[Part], weight: float) -> None:
@@ -163,15 +171,25 @@ class ChatProcessor(ABC):
         draft.images.extend(images)
 
     def _text(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return text_ids(self.tokenizer, text)
 
     def _id(self, token: str) -> int:
-        found = self.tokenizer.token_to_id(token)
-        if found is None:
-            special = [added.content for added in self.tokenizer.get_added_tokens_decoder().values()]
-            raise ConfigError(f"the tokenizer has no token {token!r}{hint(token, special)}")
-        return int(found)
+        return token_id(self.tokenizer, token)
+
+
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, with nothing put around it."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token by its name; `ConfigError`, with the nearest, where there is none."""
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        special = [added.content for added in tokenizer.get_added_tokens_decoder().values()]
+        raise ConfigError(f"the tokenizer has no token {token!r}{hint(token, special)}")
+    return int(found)
 
 
 def load_tokenizer(path: str) -> Tokenizer:

@@ -40,6 +40,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """A JSON object, as published folders have them."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 class _Stored(NamedTuple):
     """Where a hub's tensor lies in a file."""
 

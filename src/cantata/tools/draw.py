@@ -67,3 +67,31 @@ def _files(out: Path, count: int) -> list[Path]:
     if count == 1:
         return [out]
     return [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(1, count + 1)]
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
+    """What concerns images as codes."""
+    images = parser.add_argument_group("images as codes (Emu3)")
+    images.add_argument("--out", metavar="FILE", type=Path, help="draw an image after each prompt, as PNG")
+    images.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        type=Path,
+        help="a run of cantata vq, or an exported folder",
+    )
+    images.add_argument(
+        "--size", metavar="ROWSxCOLUMNS", type=_size, help="of images, in pixels (default: as in training)"
+    )
+    images.add_argument(
+        "--guidance",
+        metavar="G",
+        type=float,
+        help=f"how much the text counts in drawing ({GUIDANCE}); 1: no guidance, twice as fast",
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 512x768, rows before columns")
+    return int(rows), int(columns)

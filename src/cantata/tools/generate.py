@@ -17,7 +17,7 @@ from cantata.infer.generate import Generated, Generator, check_lengths
 from cantata.infer.sampling import SamplingConfig
 from cantata.tools.arguments import Parser
 from cantata.tools.coded import Coder, reads_pixels
-from cantata.tools.draw import GUIDANCE, draw
+from cantata.tools.draw import add_drawing_arguments, draw
 from cantata.tools.export import DTYPES
 from cantata.tools.open_model import OpenedModel, load, open_model
 from cantata.tools.pages import (
@@ -170,13 +170,6 @@ def stats(samples: Sequence[Sample], answers: Sequence[Generated], seconds: floa
     )
 
 
-def _size(text: str) -> tuple[int, int]:
-    rows, _, columns = text.partition("x")
-    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 512x768, rows before columns")
-    return int(rows), int(columns)
-
-
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -216,23 +209,7 @@ def _parser() -> Parser:
     )
     how.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends an answer; repeatable")
     how.add_argument("--seed", metavar="N", type=int, default=0, help="of what is drawn (%(default)s)")
-    images = parser.add_argument_group("images as codes (Emu3)")
-    images.add_argument("--out", metavar="FILE", type=Path, help="draw an image after each prompt, as PNG")
-    images.add_argument(
-        "--tokenizer",
-        metavar="DIR",
-        type=Path,
-        help="a run of cantata vq, or an exported folder",
-    )
-    images.add_argument(
-        "--size", metavar="ROWSxCOLUMNS", type=_size, help="of images, in pixels (default: as in training)"
-    )
-    images.add_argument(
-        "--guidance",
-        metavar="G",
-        type=float,
-        help=f"how much the text counts in drawing ({GUIDANCE}); 1: no guidance, twice as fast",
-    )
+    add_drawing_arguments(parser)
     run = parser.add_argument_group("how it runs")
     run.add_argument("--adapter", metavar="DIR", type=Path, help="a LoRA adapter, in PEFT's format")
     run.add_argument("--merge", action="store_true", help="add adapters to the weights first: faster")

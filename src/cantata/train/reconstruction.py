@@ -100,8 +100,9 @@ class Reconstruction:
         terms = self._terms(real_BTCHW, output.reconstruction_BTCHW.float())
         loss_B = self._weighted(terms)
         sums = _sums(loss_B, terms, values_B, batch)
-        sums[USAGE] = real_usage(batch, output.quantized)
-        if self.metrics is not None:
+        if self.metrics is None:
+            sums[USAGE] = real_usage(batch, output.quantized)
+        else:
             sums |= self.metrics.sums(batch, output)
         return Loss(sums["loss_sum"] / totals.target_weight, sums)
 

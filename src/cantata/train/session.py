@@ -71,8 +71,7 @@ def run_session(
     began, stop = time.monotonic(), StopRequest()
     rng.seed_all(stage.seed, dist.rank())
     shape, needs, peaks = fingerprint(model), describe.needs(stage, model, loader), _peaks(stage, model)
-    codes = learned_codes(stage)
-    engine = _engine(stage, model, critic)
+    codes, engine = learned_codes(stage), _engine(stage, model, critic)
     with ExitStack() as closing, contextlib.closing(iter(loader)) as batches:
         checkpointer = Checkpointer(stage.out, stage.checkpoint, shape)
         closing.callback(checkpointer.close)
@@ -82,9 +81,8 @@ def run_session(
         window = Window(Device(dist.device(), dist.world_size(), model.flops_per_token))
         interval, best = ExpertInterval(), Best(stage.checkpoint.best)
         early = EarlyStopping(stage.train.early_stopping, stop)
-        kept: dict[str, Kept] = {"window": window, "experts": interval, "early_stopping": early}
+        kept: dict[str, Kept] = {"window": window, "experts": interval, "early_stopping": early, **codes}
         kept |= base_identity(stage)
-        kept |= codes
         saving = Saving(checkpointer, engine, loader, kept, console, stage.train.max_steps, best)
         start = saving.resume()
         save_config(resolved, stage.out / "config.yaml")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cantata.core.errors import ConfigError
+from cantata.models.checks import check_divides
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,3 @@ class Aimv2DecoderConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
-
-
-def check_divides(section: object, section_name: str, name: str, of_name: str) -> None:
-    """Raise `ConfigError` where a value of a section does not divide another."""
-    value, of = getattr(section, name), getattr(section, of_name)
-    if value < 1 or of % value:
-        raise ConfigError(f"model.{section_name}.{name} is {value}; it must divide {of_name} ({of})")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from cantata.core.samples import Processor
 from cantata.models.aimv2.config import Aimv2VisionConfig
 from cantata.models.aimv2.processor import Aimv2PairProcessor, Aimv2Processor
 from cantata.models.aimv2.vision import PIXEL_MEAN, PIXEL_STD
+from cantata.models.hub import write_json
 
 _BICUBIC = 3
 """Pillow's number of the filter."""
@@ -40,7 +40,7 @@ def write_processor(
         "image_std": list(PIXEL_STD),
         **({} if vision.is_native else squares),
     }
-    _write(directory / "preprocessor_config.json", images)
+    write_json(directory / "preprocessor_config.json", images)
     notes = []
     if vision.is_native:
         notes.append(
@@ -57,12 +57,8 @@ def write_processor(
             "model_max_length": processor.max_length,
             "clean_up_tokenization_spaces": False,
         }
-        _write(directory / "tokenizer_config.json", config)
+        write_json(directory / "tokenizer_config.json", config)
         notes.append(
             f"a text begins with {processor.begin} and ends with {processor.end}: put them in; mask padding"
         )
     return notes
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -23,11 +23,10 @@ from cantata.core.samples import (
     Sample,
     Video,
 )
-from cantata.core.suggest import hint
 from cantata.core.types import IMAGE, VIDEO
 from cantata.models.aimv2.config import Aimv2VisionConfig
 from cantata.models.aria.crops import joined
-from cantata.models.chat_processor import load_tokenizer
+from cantata.models.chat_processor import load_tokenizer, text_ids, token_id
 from cantata.models.draft import Draft
 
 CHANNELS = 3
@@ -139,8 +138,8 @@ class Aimv2Processor(PatchReader):
         super().__init__(image_size, patch_size, is_native, max_patches)
         self.tokenizer = load_tokenizer(tokenizer)
         self.end, self.pad = document_end, pad_token
-        self.pad_token_id = self._id(pad_token)
-        self._end_id = self._id(document_end)
+        self.pad_token_id = token_id(self.tokenizer, pad_token)
+        self._end_id = token_id(self.tokenizer, document_end)
         self.image_token_id = image_token_id
         size = self.tokenizer.get_vocab_size(with_added_tokens=True)
         special = self.tokenizer.get_added_tokens_decoder()
@@ -158,13 +157,13 @@ class Aimv2Processor(PatchReader):
     def encode(self, example: Example, key: str) -> Sample:
         """A training sample. Raises `DataError` for conversations, codes and images without pixels."""
         parts = self._parts(example)
-        ids = [self._text(part) if isinstance(part, str) else [] for part in parts]
+        ids = [text_ids(self.tokenizer, part) if isinstance(part, str) else [] for part in parts]
         return self._sample(parts, ids, key, weight=1.0 / (1 + sum(map(len, ids))), end=True)
 
     def encode_prompt(self, example: Example, key: str = "prompt") -> Sample:
         """The same without its end, ready to be continued."""
         parts = self._parts(example)
-        ids = [self._text(part) if isinstance(part, str) else [] for part in parts]
+        ids = [text_ids(self.tokenizer, part) if isinstance(part, str) else [] for part in parts]
         return self._sample(parts, ids, key, weight=0.0, end=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -206,17 +205,6 @@ class Aimv2Processor(PatchReader):
             raise DataError("image codes", "AIMv2 reads pixels; give it the images themselves")
         return [self.patches(frame) for frame in (part.frames if isinstance(part, Video) else (part,))]
 
-    def _text(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def _id(self, token: str) -> int:
-        found = self.tokenizer.token_to_id(token)
-        if found is None:
-            special = [added.content for added in self.tokenizer.get_added_tokens_decoder().values()]
-            raise ConfigError(f"the tokenizer has no token {token!r}{hint(token, special)}")
-        return int(found)
-
 
 class Aimv2PairProcessor(Aimv2Processor):
     """Encodes documents of one image and its text for the contrastive model.
@@ -251,7 +239,7 @@ class Aimv2PairProcessor(Aimv2Processor):
             raise ConfigError(f"max_length={max_length} must be at least 3")
         self.begin = text_begin
         self.max_length = max_length
-        self._begin_id = self._id(text_begin)
+        self._begin_id = token_id(self.tokenizer, text_begin)
 
     def encode(self, example: Example, key: str) -> Sample:
         """A pair. Raises `DataError` unless there is one image and a text that is short enough."""
@@ -268,7 +256,7 @@ class Aimv2PairProcessor(Aimv2Processor):
 
     def text_ids(self, text: str) -> list[int]:
         """A text's tokens, first and last included. Raises `DataError` for an empty or too long one."""
-        ids = self._text(text)
+        ids = text_ids(self.tokenizer, text)
         if not ids:
             raise DataError("no text", "a pair needs an image and a text")
         if len(ids) + 2 > self.max_length:

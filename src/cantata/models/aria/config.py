@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cantata.core.errors import ConfigError
 from cantata.core.types import Images
+from cantata.models.checks import check_divides
 from cantata.models.protocol import HubPart
 from cantata.nn.moe.balance import BalanceConfig
 
@@ -30,8 +31,8 @@ class AriaVisionConfig:
     initializer_range: float
 
     def __post_init__(self) -> None:
-        _check_divides(self, "vision", "num_attention_heads", "hidden_size")
-        _check_divides(self, "vision", "patch_size", "image_size")
+        check_divides(self, "vision", "num_attention_heads", "hidden_size")
+        check_divides(self, "vision", "patch_size", "image_size")
 
     @property
     def grid(self) -> int:
@@ -173,12 +174,6 @@ class AriaTextConfig:
     moe: AriaMoEConfig
 
     def __post_init__(self) -> None:
-        _check_divides(self, "text", "num_key_value_heads", "num_attention_heads")
+        check_divides(self, "text", "num_key_value_heads", "num_attention_heads")
         if self.head_dim % 2:
             raise ConfigError(f"model.text.head_dim is {self.head_dim}; rotary positions need an even number")
-
-
-def _check_divides(section: object, section_name: str, name: str, of_name: str) -> None:
-    value, of = getattr(section, name), getattr(section, of_name)
-    if value < 1 or of % value:
-        raise ConfigError(f"model.{section_name}.{name} is {value}; it must divide {of_name} ({of})")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from math import isqrt
 from pathlib import Path
 
 from cantata.core.locate import asset
 from cantata.models.aria.config import AriaProjectorConfig
 from cantata.models.aria.processor import AriaProcessor
+from cantata.models.chat_files import write_tokenizer
+from cantata.models.hub import write_json
 
 PUBLISHED_SIZES = (490, 980)
 """The image sizes that transformers' image processor takes, in pixels."""
@@ -30,24 +31,7 @@ def write_processor(processor: AriaProcessor, projector: AriaProjectorConfig, di
 
     Returns lines on what could not be written.
     """
-    processor.tokenizer.save(str(directory / "tokenizer.json"))
-    names = processor.token_names
-    _write(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": names.document_end,
-            "pad_token": names.pad,
-            "extra_special_tokens": {"image_token": names.image},
-            "clean_up_tokenization_spaces": False,
-        },
-    )
-    _write(
-        directory / "generation_config.json",
-        {"eos_token_id": list(processor.stop_token_ids), "pad_token_id": processor.pad_token_id},
-    )
-    template = _chatml(processor) if processor.template is None else processor.template.source
-    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    write_tokenizer(processor, processor.token_names, _chatml(processor), directory)
     notes = [_NO_SPLIT] if processor.split_image else []
     if processor.image_size not in PUBLISHED_SIZES:
         sizes = " or ".join(map(str, PUBLISHED_SIZES))
@@ -77,12 +61,8 @@ def _write_image_processor(processor: AriaProcessor, projector: AriaProjectorCon
         "min_image_size": processor.min_image_size,
         "split_image": False,
     }
-    _write(directory / "preprocessor_config.json", {**images, "processor_class": "AriaProcessor"})
-    _write(
+    write_json(directory / "preprocessor_config.json", {**images, "processor_class": "AriaProcessor"})
+    write_json(
         directory / "processor_config.json",
         {"processor_class": "AriaProcessor", "image_processor": images, "size_conversion": features},
     )
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -114,10 +114,6 @@ class AriaProcessor(ChatProcessor):
         self._message_end = self._id(message_end)
         self._document_end = self._id(document_end)
 
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        return self._document_end, self._message_end
-
     def picture(self, image: ImagePatches) -> Image.Image:
         """The pixels that the vision tower gets, laid out as an image again."""
         rows_P = image.position_ids_P // self.position_grid

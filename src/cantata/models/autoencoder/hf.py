@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from cantata.core.errors import ConfigError
 from cantata.core.samples import Processor
 from cantata.models.autoencoder.config import AutoencoderConfig
 from cantata.models.autoencoder.quantizer_node import built, described
-from cantata.models.hub import CONFIG, read_json
+from cantata.models.hub import CONFIG, read_json, write_json
 from cantata.nn.quantize.base import Quantizer
 
 ARCHITECTURE = "CantataAutoencoder"
@@ -70,8 +69,7 @@ def write_preprocessor(directory: Path, settings: dict[str, object]) -> None:
         "do_convert_rgb": True,
         **settings,
     }
-    text = json.dumps(content, indent=2) + "\n"
-    (directory / "preprocessor_config.json").write_text(text, encoding="utf-8")
+    write_json(directory / "preprocessor_config.json", content)
 
 
 def read_hub_config(directory: str | Path) -> tuple[AutoencoderConfig, Quantizer]:

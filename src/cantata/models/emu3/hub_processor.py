@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from cantata.models.emu3.config import Emu3Tokens
 from cantata.models.emu3.processor import Emu3Processor
+from cantata.models.hub import write_json
 
 PUBLISHED = {
     "bos": "<|extra_203|>",
@@ -51,7 +51,7 @@ def write_processor(processor: Emu3Processor, directory: Path) -> list[str]:
     if tokenizer is None:
         return ["no tokenizer files: its ids have gaps, where no token can be put"]
     tokenizer.save(str(directory / "tokenizer.json"))
-    _write(
+    write_json(
         directory / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -61,7 +61,7 @@ def write_processor(processor: Emu3Processor, directory: Path) -> list[str]:
         },
     )
     tokens = processor.tokens
-    _write(
+    write_json(
         directory / "generation_config.json",
         {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad},
     )
@@ -86,7 +86,3 @@ def _named(text: Tokenizer, tokens: Emu3Tokens) -> tuple[Tokenizer | None, dict[
     names = {role: tokenizer.id_to_token(token) for role, token in tokens.structure().items()}
     is_whole = is_whole and None not in names.values()
     return (tokenizer if is_whole else None), {role: str(name) for role, name in names.items()}
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

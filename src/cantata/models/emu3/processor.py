@@ -17,7 +17,7 @@ from cantata.core.chat_template import ASSISTANT, ChatTemplate, weight_of
 from cantata.core.errors import ConfigError
 from cantata.core.samples import Chat, Codes, DataError, Document, Example, ImagePatches, Part, Sample, Video
 from cantata.core.types import IMAGE, VIDEO
-from cantata.models.chat_processor import load_tokenizer
+from cantata.models.chat_processor import load_tokenizer, text_ids
 from cantata.models.draft import Draft
 from cantata.models.emu3.config import Emu3Tokens
 
@@ -251,8 +251,7 @@ class Emu3Processor:
         return [self.tokens.boi, *self._text(f"{rows}*{columns}"), self.tokens.img]
 
     def _text(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return text_ids(self.tokenizer, text)
 
     def _template_text(self, text: str) -> list[int]:
         ids: list[int] = self._template_tokenizer.encode(text, add_special_tokens=False).ids

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from cantata.core.errors import ConfigError
+from cantata.models.checks import check_divides
 from cantata.nn.rope import Llama3Scaling
 
 PADDING_MULTIPLE = 8
@@ -52,8 +53,8 @@ class MllamaVisionConfig:
     initializer_range: float
 
     def __post_init__(self) -> None:
-        _check_divides(self, "vision", "num_attention_heads", "hidden_size")
-        _check_divides(self, "vision", "patch_size", "image_size")
+        check_divides(self, "vision", "num_attention_heads", "hidden_size")
+        check_divides(self, "vision", "patch_size", "image_size")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if len(values) != self.num_channels or (name == "image_std" and not all(v > 0 for v in values)):
@@ -124,7 +125,7 @@ class MllamaTextConfig:
     pad_token_id: int
 
     def __post_init__(self) -> None:
-        _check_divides(self, "text", "num_key_value_heads", "num_attention_heads")
+        check_divides(self, "text", "num_key_value_heads", "num_attention_heads")
         if self.head_dim * self.num_attention_heads != self.hidden_size:
             raise ConfigError(
                 f"model.text: num_attention_heads ({self.num_attention_heads}) of head_dim ({self.head_dim}) "
@@ -138,9 +139,3 @@ class MllamaTextConfig:
                 f"model.text.cross_attention_layers {layers}: each must be below num_hidden_layers "
                 f"({self.num_hidden_layers}), in order and once"
             )
-
-
-def _check_divides(section: object, section_name: str, name: str, of_name: str) -> None:
-    value, of = getattr(section, name), getattr(section, of_name)
-    if value < 1 or of % value:
-        raise ConfigError(f"model.{section_name}.{name} is {value}; it must divide {of_name} ({of})")

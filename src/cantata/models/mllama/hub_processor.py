@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from cantata.models.chat_files import write_tokenizer
+from cantata.models.hub import write_json
 from cantata.models.mllama.config import MllamaVisionConfig
 from cantata.models.mllama.processor import MllamaProcessor
 
@@ -23,25 +24,9 @@ def write_processor(
 
     Returns lines on what could not be written.
     """
-    processor.tokenizer.save(str(directory / "tokenizer.json"))
-    names = processor.token_names
-    _write(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": names.begin,
-            "eos_token": names.document_end,
-            "pad_token": names.pad,
-            "extra_special_tokens": {"image_token": names.image},
-            "clean_up_tokenization_spaces": False,
-        },
+    write_tokenizer(
+        processor, processor.token_names, _llama3(processor), directory, bos_token=processor.token_names.begin
     )
-    _write(
-        directory / "generation_config.json",
-        {"eos_token_id": list(processor.stop_token_ids), "pad_token_id": processor.pad_token_id},
-    )
-    template = _llama3(processor) if processor.template is None else processor.template.source
-    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     if vision is None:
         return []
     images = {
@@ -57,8 +42,8 @@ def write_processor(
         "image_mean": list(vision.image_mean),
         "image_std": list(vision.image_std),
     }
-    _write(directory / IMAGE_FILE, {**images, "processor_class": "MllamaProcessor"})
-    _write(
+    write_json(directory / IMAGE_FILE, {**images, "processor_class": "MllamaProcessor"})
+    write_json(
         directory / "processor_config.json", {"processor_class": "MllamaProcessor", "image_processor": images}
     )
     return []
@@ -85,7 +70,3 @@ def _llama3(processor: MllamaProcessor) -> str:
         f"{{{{- {start}'assistant'{end} -}}}}\n"
         "{%- endif -%}\n"
     )
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -95,10 +95,6 @@ class MllamaProcessor(ChatProcessor):
         self._message_end = self._id(message_end)
         self._document_end = self._id(document_end)
 
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        return self._document_end, self._message_end
-
     def picture(self, image: ImagePatches) -> Image.Image:
         """The canvas of tiles that the vision tower gets, laid out as an image again."""
         canvas_id = int(image.position_ids_P[0]) // (self.max_num_tiles * self._patches)
