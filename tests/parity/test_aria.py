@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cantata.models.aria import Aria, aria_from_hub
@@ -19,6 +18,7 @@ from cantata.tools.compared import LOGITS_BOUND, relative_error
 from cantata.tools.verify import compare, pack, synthetic_samples, transformers_inputs
 from tests.models.aria.small import small_aria, small_layout
 from tests.nn.moe.small import balance
+from tests.parity.folders import assert_same_tensors
 
 transformers = pytest.importorskip("transformers")
 
@@ -107,12 +107,7 @@ def test_keys_and_config_are_those_of_save_pretrained(layout: AriaLayout, tmp_pa
     """Loading and saving again with transformers gives the same tensors under the same keys, bit for bit."""
     reference = exported(small_aria(layout), tmp_path / "ours")
     reference.save_pretrained(tmp_path / "theirs")
-    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
-    ours: dict[str, Tensor] = {}
-    for shard in (tmp_path / "ours").glob("*.safetensors"):
-        ours |= load_file(shard)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
     for section in ("text_config", "vision_config"):

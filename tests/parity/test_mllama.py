@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cantata.models.hub import load_from_hub, save_to_hub
@@ -24,6 +23,7 @@ from cantata.tools.verify import (
     transformers_inputs,
 )
 from tests.models.mllama.small import IMAGE, small_layout, small_mllama, small_vision
+from tests.parity.folders import assert_same_tensors
 
 transformers = pytest.importorskip("transformers")
 
@@ -137,12 +137,7 @@ def test_keys_and_config_are_those_of_save_pretrained(layout: MllamaLayout, tmp_
     """Loading and saving again with transformers gives the same tensors under the same keys, bit for bit."""
     reference = exported(small_mllama(layout), tmp_path / "ours")
     reference.save_pretrained(tmp_path / "theirs")
-    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
-    ours: dict[str, Tensor] = {}
-    for shard in (tmp_path / "ours").glob("*.safetensors"):
-        ours |= load_file(shard)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
     for section in ("text_config", "vision_config"):
