@@ -7,8 +7,11 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX ?=
 CPU_TORCH := torch==2.13.0
 WORKERS ?= 2
+# A SLURM of two nodes, a browser and a reader of shell scripts: tests that need them are skipped where they are absent.
+SYSTEM_TOOLS := munge slurmctld slurmd slurm-client chromium fonts-dejavu-core shellcheck
+ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help env demo test test-fast lint format bench clean
+.PHONY: help env system-tools demo test test-fast lint format bench clean
 
 help:  ## what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -30,6 +33,11 @@ $(STAMP): pyproject.toml
 	# For the test of rFID, which stands in for torchvision. Apart, as torchmetrics wants that too where it finds this.
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/apart torch-fidelity
 	@touch $@
+
+system-tools:  ## Debian's packages for the tests of SLURM, the report page and the scripts
+	$(ROOT) apt-get -o Acquire::Retries=3 update -qq
+	$(ROOT) env DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 install -y -qq --no-install-recommends \
+		$(SYSTEM_TOOLS)
 
 demo: env  ## all four stages in small: tokenizer, pretraining, fine-tuning, LoRA; then questions and drawings
 	$(BIN)/cantata demo
