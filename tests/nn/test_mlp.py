@@ -35,6 +35,13 @@ def test_blocks_equal_their_formulas() -> None:
     gated = SwiGLU(8, 12)
     gate, up, down = gated.gate_proj.weight, gated.up_proj.weight, gated.down_proj.weight
     torch.testing.assert_close(gated(x), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T, rtol=1e-5, atol=1e-6)
+    given = x.clone().requires_grad_()
+    gated(given).square().sum().backward()
+    found = [given.grad, gate.grad, up.grad, down.grad]
+    plainly = x.clone().requires_grad_()
+    slow = (F.silu(plainly @ gate.T) * (plainly @ up.T)) @ down.T
+    expected = torch.autograd.grad(slow.square().sum(), (plainly, gate, up, down))
+    torch.testing.assert_close(found, list(expected), rtol=1e-6, atol=1e-6)
     plain = GELU(8, 12, 4, bias=True)
     inner = x @ plain.fc1.weight.T + plain.fc1.bias
     inner = 0.5 * inner * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (inner + 0.044715 * inner**3)))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from cantata.nn.matmul import Linear
 
@@ -35,6 +39,23 @@ def gate_gradients(
     return hidden_TF, grad_inner_TF, grad_weights_T
 
 
+class _Gated(Function):
+    """`silu(gate) * up`, which keeps its two inputs for backward and not, as autograd would, silu too."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_TF, up_TF)
+        return F.silu(gate_TF).mul_(up_TF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
+        gate_TF, up_TF = ctx.saved_tensors
+        grad_gate_TF = grad_TF * up_TF
+        torch.ops.aten.silu_backward.grad_input(grad_gate_TF, gate_TF, grad_input=grad_gate_TF)
+        return grad_gate_TF, F.silu(gate_TF).mul_(grad_TF)
+
+
 class SwiGLU(nn.Module):
     """Gated feed-forward block without biases."""
 
@@ -45,7 +66,8 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        hidden_TF: Tensor = _Gated.apply(self.gate_proj(x_TD), self.up_proj(x_TD))  # type: ignore[no-untyped-call]
+        return self.down_proj(hidden_TF)
 
 
 class GELU(nn.Module):

@@ -65,12 +65,11 @@ class TileLayout:
         """The attended values: of all positions, or of the real ones alone if the queries are theirs."""
         # Keys image by image: the place of each of its positions.
         k, v = take_rows(k_XHh, self.back_X), take_rows(v_XHh, self.back_X)
-        out: Tensor = self._attend_real(q_XHh[: self.num_real], k, v)
         if len(q_XHh) == self.num_real:
-            return out
-        real = slice(self.num_real)
-        padding = self._attend_padding(q_XHh[self.num_real :], k_XHh[real], v_XHh[real])
-        return torch.cat((out, padding))
+            return self._attend_real(q_XHh, k, v)
+        real, padding = q_XHh.split((self.num_real, len(q_XHh) - self.num_real))
+        read = (k_XHh[: self.num_real], v_XHh[: self.num_real])
+        return torch.cat((self._attend_real(real, k, v), self._attend_padding(padding, *read)))
 
 
 class TilePosition(nn.Module):
