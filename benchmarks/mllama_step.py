@@ -64,6 +64,7 @@ TEXT = MllamaTextConfig(
     rms_norm_eps=1e-5,
     max_position_embeddings=2048,
     initializer_range=0.05,
+    initial_gate=0.0,
     bos_token_id=6,
     eos_token_id=0,
     pad_token_id=PAD,

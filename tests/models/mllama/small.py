@@ -53,6 +53,7 @@ def small_text(**changes: Any) -> MllamaTextConfig:
         rms_norm_eps=1e-5,
         max_position_embeddings=128,
         initializer_range=0.2,
+        initial_gate=0.0,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,

@@ -160,6 +160,10 @@ def test_initial_values() -> None:
     assert len(gates) == 7
     assert all(values[name].eq(0).all() for name in gates)
     assert 0.15 < values["vision.embeddings.canvas_position.weight"].std() < 0.25
+    opened = dict(small_mllama(small_layout(initial_gate=1.0), perturb=False).named_parameters())
+    moved = {name for name in gates if opened[name].eq(1).all()}
+    assert moved == {name for name in gates if name.startswith("text.")}
+    assert len(moved) == 4
 
 
 def test_what_it_says_of_itself() -> None:

@@ -38,8 +38,7 @@ class SelfBlock(nn.Module):
 class CrossBlock(nn.Module):
     """The same for the tokens that read images, whose features stand in for the text's keys and values.
 
-    What it adds is scaled by the tanh of two learned numbers, 0 at first: a language model that gets such
-    blocks begins as the model it was. A token that reads no image passes unchanged.
+    What it adds is scaled by the tanh of two learned numbers. A token that reads no image passes unchanged.
     """
 
     def __init__(self, config: MllamaTextConfig) -> None:
@@ -47,10 +46,10 @@ class CrossBlock(nn.Module):
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.cross_attn = CrossAttention(config.hidden_size, *heads, config.rms_norm_eps)
-        self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
+        self.cross_attn_attn_gate = nn.Parameter(torch.full((1,), config.initial_gate))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-        self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
+        self.cross_attn_mlp_gate = nn.Parameter(torch.full((1,), config.initial_gate))
 
     def forward(self, x_TD: Tensor, features_FD: Tensor, reading: Reading) -> Tensor:
         x_RD = take_rows(x_TD, reading.tokens_R)

@@ -265,6 +265,7 @@ def _text_from_hub(path: Path, text: dict[str, Any]) -> MllamaTextConfig:
         head_dim=text["hidden_size"] // text["num_attention_heads"],
         rope_theta=float(rope.get("rope_theta", text["rope_theta"])),
         rope_scaling=scaling,
+        initial_gate=0.0,
         eos_token_id=eos[0] if isinstance(eos, list) else eos,
     )
 

@@ -169,7 +169,7 @@ class Mllama(nn.Module):
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill with the initial value: norms 1, biases 0, the rest normal with the section's range.
 
-        Gates are 0, so that nothing is added, but for those of the tower's last layers, which have pi / 4.
+        Gates of the text are `initial_gate`, those of the tower's last layers pi / 4, its others 0.
         """
         std = self.text_config.initializer_range
         if self.vision_config is not None and name.startswith(("vision.", "projector.")):
@@ -178,6 +178,8 @@ class Mllama(nn.Module):
         with torch.no_grad():
             if leaf in ("gate_attn", "gate_ffn"):
                 tensor.fill_(math.pi / 4)
+            elif leaf in ("cross_attn_attn_gate", "cross_attn_mlp_gate"):
+                tensor.fill_(self.text_config.initial_gate)
             elif leaf.endswith(("bias", "gate")):
                 tensor.zero_()
             elif "norm" in name.split(".")[-2]:
