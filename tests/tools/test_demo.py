@@ -11,12 +11,23 @@ from typing import Any
 import pytest
 from PIL import Image
 from rich.console import Console
+from rich.panel import Panel
 
 from cantata.core.errors import RunError
 from cantata.tools import demo
 from cantata.tools.demo import held_out_losses
 from cantata.tools.demo import show_captions as show
 from cantata.tools.demo_drawing import drawn_names
+from cantata.tools.demo_plan import (
+    ARTIST,
+    ENCORE,
+    MOVEMENTS,
+    TOKENIZER,
+    TRAINED,
+    WIDTH,
+    Movement,
+    opening,
+)
 from cantata.tools.prompts import read_prompts
 
 LINES: list[dict[str, Any]] = [
@@ -122,7 +133,7 @@ def test_precision_is_what_multiplies_faster(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("fails", [None, "vq.py", "tokenize", "export", "lora.py"])
 def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failure(
-    fails: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands: list[list[str]] = []
 
@@ -139,22 +150,24 @@ def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failu
     monkeypatch.setattr(demo, "picture_of", lambda out, names: Image.new("RGB", (2, 2)))
     monkeypatch.setattr(demo, "faster_precision", lambda: "fp32")
     assert demo.main(["--out", str(tmp_path), "train.max_steps=20"]) == (75 if fails else 0)
+    announced = [line for line in capsys.readouterr().out.splitlines() if " of 6: " in line]
+    assert len(announced) == {None: 6, "vq.py": 1, "tokenize": 1, "export": 2, "lora.py": 4}[fails]
 
-    def trained(movement: demo.Movement, *given: str) -> list[str]:
-        folder, stage, experiment, own = movement
+    def trained(movement: Movement, *given: str) -> list[str]:
+        folder, stage, experiment, own, *_ = movement
         run = f"out={tmp_path / folder}"
         return [f"{stage}.py", f"experiment={experiment}", run, *own, *given, "train.max_steps=20"]
 
     weights = f"model.weights={tmp_path / 'pretrain-hf'}"
-    pretrain, *fine_tunes = demo.TRAINED
+    pretrain, *fine_tunes = TRAINED
     codes = tmp_path / "codes"
     expected = [
-        trained(demo.TOKENIZER),
+        trained(TOKENIZER),
         ["-m", "cantata", "tokenize", f"tokenizer={tmp_path / 'vq'}", f"out={codes}"],
         trained(pretrain, "engine.precision=fp32"),
         ["-m", "cantata", "export", str(tmp_path / "pretrain"), "--to", str(tmp_path / "pretrain-hf")],
         *(trained(movement, weights, "engine.precision=fp32") for movement in fine_tunes),
-        trained(demo.ARTIST, f"data.sources.draw.dataset.path={codes}", "engine.precision=fp32"),
+        trained(ARTIST, f"data.sources.draw.dataset.path={codes}", "engine.precision=fp32"),
     ]
     ends = {None: 7, "vq.py": 1, "tokenize": 2, "export": 4, "lora.py": 6}[fails]
     assert commands[:7] == expected[:ends]
@@ -165,6 +178,17 @@ def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failu
     assert commands[9].count("--prompt") == len(drawn_names())
     assert (tmp_path / "emoji.png").is_file()
     assert shown == [tmp_path / "pretrain", dict.fromkeys(("sft", "lora"), ["Flags"] * demo.QUESTIONS)]
+
+
+def test_the_first_screen_says_what_is_going_to_happen() -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=100)
+    console.print(Panel(opening(Path("outputs/[demo]")), width=WIDTH))
+    shown = text.getvalue()
+    words = ("1. vq", "2. pretrain", "3. sft", "4. lora", "5. pretrain", "6. generate", "outputs/[demo]")
+    assert all(word in shown for word in (*words, "About 9 minutes", "the same command"))
+    assert len(shown.splitlines()) <= 24
+    assert all(does in shown for *_, does in (*MOVEMENTS, ENCORE)), "a line of the list is broken in two"
 
 
 def test_a_model_that_does_not_answer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

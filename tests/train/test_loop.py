@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -148,7 +149,10 @@ def test_a_finished_run_does_nothing() -> None:
 )
 def test_what_is_not_finite_stops_before_the_update_and_names_the_batch(loss: float, norm: float) -> None:
     engine = FakeEngine(loss, norm)
-    with pytest.raises(RunError, match=r"step 1: .*not both finite.*source:0; source:1"):
+    named = "loss is; the step's samples: source:0; source:1"
+    if not math.isfinite(loss):
+        named = f"loss sum {loss:g} on rank 0 in source:0; loss sum {loss:g} on rank 0 in source:1"
+    with pytest.raises(RunError, match=rf"step 1: .*not both finite \(.*{named}\)"):
         run(engine)
     assert not any(call[0] == "step" for call in engine.calls)
 

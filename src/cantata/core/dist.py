@@ -17,7 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cantata.core.errors import ConfigError
+from cantata.core.errors import ConfigError, RunError
+
+_LOST_RANK = re.compile(r"(?i)connection (closed|reset) by peer|broken pipe|remote process exited")
+"""What gloo and NCCL say in the ranks that were talking with it."""
 
 
 class Process(NamedTuple):
@@ -56,7 +59,8 @@ def distributed() -> Iterator[Process]:
 
     A run that fails leaves its group standing: taking it down waits for peers, and they
     learn of the failure from the closed connection or from their launcher.
-    Raises `ConfigError` where the launcher's variables or the devices do not fit.
+    Raises `ConfigError` where the launcher's variables or the devices do not fit, and `RunError` where
+    another rank is lost.
     """
     process = find_process()
     inherited = {name: os.environ.get(name) for name in _exported(process)}
@@ -67,6 +71,13 @@ def distributed() -> Iterator[Process]:
         yield process
         barrier()
         clean = True
+    except RuntimeError as error:
+        if lost := _LOST_RANK.search(str(error)):
+            raise RunError(
+                f"another rank was lost ({lost[0]}); its log, its launcher or the kernel's log says why (out "
+                "of memory?); the same command goes on from the last checkpoint"
+            ) from error
+        raise
     finally:
         if dist.is_initialized() and (clean or process.world_size == 1):
             dist.destroy_process_group()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from cantata.core.errors import ConfigError, RunError
@@ -34,8 +36,22 @@ def died(error: Exception) -> RunError:
 
     Raise it where the iterator is no local: a traceback that is kept would keep the workers too.
     """
-    cause = (str(error) or type(error).__name__).splitlines()[0]
-    return RunError(f"a data worker ended ({cause}); did it run out of memory?")
+    cause = (str(error) or type(error).__name__).splitlines()[0].strip(" .")
+    return RunError(
+        f"a data worker ended ({cause}); if it ran out of memory, fewer data.num_workers or a smaller "
+        "data.prefetch need less; the same command goes on from the last checkpoint"
+    )
+
+
+@contextmanager
+def deaths_told() -> Iterator[None]:
+    """Turn what torch raises when a worker dies, wherever the trainer happens to be, into `died`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise died(error) from error
 
 
 def arrived(item: Any) -> Any:

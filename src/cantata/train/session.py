@@ -16,6 +16,7 @@ from cantata.core.config import save_config
 from cantata.core.errors import PREEMPTED
 from cantata.core.logging import logging_to
 from cantata.core.types import MODALITIES
+from cantata.data.handover import deaths_told
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
 from cantata.models.protocol import ImageTokenizer, Trainable
@@ -72,12 +73,13 @@ def run_session(
     rng.seed_all(stage.seed, dist.rank())
     shape, needs, peaks = fingerprint(model), describe.needs(stage, model, loader), _peaks(stage, model)
     codes, engine = learned_codes(stage), _engine(stage, model, critic)
-    with ExitStack() as closing, contextlib.closing(iter(loader)) as batches:
+    with deaths_told(), ExitStack() as closing, contextlib.closing(iter(loader)) as batches:
         checkpointer = Checkpointer(stage.out, stage.checkpoint, shape)
         closing.callback(checkpointer.close)
         closing.enter_context(logging_to(stage.out))
         console = Console(dist.rank())
         closing.callback(console.close)
+        loader.warn = console.on_warning
         window = Window(Device(dist.device(), dist.world_size(), model.flops_per_token))
         interval, best = ExpertInterval(), Best(stage.checkpoint.best)
         early = EarlyStopping(stage.train.early_stopping, stop)
