@@ -61,7 +61,8 @@ def make_run(out: Path, steps: int = 12, **config: Any) -> Path:
     settings = {"name": f"run {EVIL}", "seed": 1, "train": {"max_steps": steps}, "data": {EVIL: [EVIL]}}
     (out / "config.yaml").write_text(yaml.safe_dump(settings | config))
     with logging_to(out), History(out) as history:
-        history.start(0, f"from weights {EVIL}", {"host": EVIL, "versions": {"torch": "2.13.0"}, "commit": None})
+        environment = {"host": EVIL, "versions": {"torch": "2.13.0"}, "commit": None}
+        history.start(0, f"from weights {EVIL}", environment)
         for _ in range(2):
             get_logger("cantata.test").warning("look out %s", EVIL, extra={"shown": True})
         history.end(steps, "done", 0)
@@ -75,7 +76,8 @@ def make_run(out: Path, steps: int = 12, **config: Any) -> Path:
 def make_samples(folder: Path) -> None:
     for step, said in ((0, EVIL), (12, "a cat\u202e")):
         one = {"sample": f"emoji:{EVIL}", "truth": EVIL, "answer": said, "right": step == 12}
-        write_lines(folder / f"step-{step:08d}.jsonl", [{**one, "images": ["pictures/cat.png", "../../x.png"]}])
+        one["images"] = ["pictures/cat.png", "../../x.png"]
+        write_lines(folder / f"step-{step:08d}.jsonl", [one])
     (folder / "pictures").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "pictures" / "cat.png")

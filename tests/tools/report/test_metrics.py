@@ -60,7 +60,9 @@ def test_a_run_begun_anew_has_one_first_evaluation(tmp_path: Path) -> None:
 def test_what_is_not_finite_is_a_gap(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     values = ["1", "null", "NaN", "-Infinity", "1" + "0" * 400, "2"]
-    path.write_text("".join(f'{{"step": {n}, "loss": {value}, "mfu": null}}\n' for n, value in enumerate(values)))
+    path.write_text(
+        "".join(f'{{"step": {n}, "loss": {value}, "mfu": null}}\n' for n, value in enumerate(values))
+    )
     found = read_metrics(path)
     assert np.isnan(found.series["loss"].values).tolist() == [False, True, True, True, True, False]
     assert found.without_value() == {"loss": 4}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -20,7 +22,7 @@ def test_thinning_keeps_every_extreme_of_an_interval() -> None:
     thinned = thin(whole, 300)
     assert 300 < len(thinned.steps) <= 3 * 300 + 2
     edges = np.linspace(1, 100_001, 301)
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         inside = (whole.steps >= low) & (whole.steps < high)
         kept = (thinned.steps >= low) & (thinned.steps < high)
         assert np.nanmin(thinned.values[kept]) == np.nanmin(whole.values[inside])
@@ -28,7 +30,9 @@ def test_thinning_keeps_every_extreme_of_an_interval() -> None:
         assert np.isnan(thinned.values[kept]).any() == np.isnan(whole.values[inside]).any()
     assert (thinned.steps[0], thinned.steps[-1]) == (1, 100_000)
     assert (np.diff(thinned.steps) > 0).all()
-    assert np.array_equal(thinned.values, whole.values[thinned.steps - 1], equal_nan=True), "no value is made up"
+    assert np.array_equal(thinned.values, whole.values[thinned.steps - 1], equal_nan=True), (
+        "no value is made up"
+    )
 
 
 def test_short_series_stay_whole() -> None:

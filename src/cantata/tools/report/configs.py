@@ -29,7 +29,15 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
+    """JSON; texts stand without quotes, except where they would be taken for something else."""
+    quoted = json.dumps(value, ensure_ascii=False, default=str)
+    if not isinstance(value, str) or not value:
+        return quoted
+    try:
+        json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return quoted
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[Difference]:
