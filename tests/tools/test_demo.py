@@ -18,6 +18,7 @@ from cantata.tools.demo import held_out_losses
 from cantata.tools.demo import show_captions as show
 from cantata.tools.demo_drawing import drawn_names
 from cantata.tools.prompts import read_prompts
+from tests.tools.report.runs import make_run
 
 LINES: list[dict[str, Any]] = [
     {"step": 1, "loss": 9.0, "eval/initial/loss": 8.75},
@@ -31,6 +32,16 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+def test_it_ends_with_a_page_of_each_run_and_of_all(tmp_path: Path) -> None:
+    for name in ("vq", "pretrain", "sft", "lora", "emu3"):
+        make_run(tmp_path / name)
+    text = io.StringIO()
+    demo.show_reports(Console(file=text, width=300), tmp_path)
+    assert f"report of all runs: {tmp_path / 'report.html'}; of each: " in text.getvalue()
+    assert "5 runs side by side" in (tmp_path / "report.html").read_text()
+    assert len(list(tmp_path.glob("*/report.html"))) == 5
 
 
 def caption(says: str) -> list[dict[str, Any]]:

@@ -23,6 +23,8 @@ from cantata.core.locate import recipes_dir
 from cantata.tools.arguments import Parser
 from cantata.tools.demo_drawing import drawn_names, picture_of
 from cantata.tools.plan import read_stage
+from cantata.tools.report.command import FILE as REPORT
+from cantata.tools.report.command import write_report
 
 PLAN = """\
 Small models go through their lives on the data inside this package. Nothing is downloaded; about ten \
@@ -34,6 +36,7 @@ minutes on two CPU cores.
   4. lora      the pretrained model learns the same by adapters, its experts included
   5. pretrain  a small Emu3 learns to draw emoji, code by code, after their names
   6. generate  the Arias answer questions about emoji that they have not seen, and Emu3 draws
+  7. report    all of it on a page that opens in any browser
 
 Everything goes into [bold]{out}[/bold]. Stop it when you like: the same command goes on where it stopped."""
 
@@ -87,6 +90,7 @@ def main(argv: Sequence[str]) -> int:
     answers = {stage: ask(out / stage, file) for stage in ("sft", "lora")}
     show_answers(console, out, questions, answers)
     show_drawings(console, out)
+    show_reports(console, out)
     return 0
 
 
@@ -189,6 +193,17 @@ def show_drawings(console: Console, out: Path) -> None:
         f"drawn by name, the real emoji above each: {sheet} ({', '.join(names)}; the last half unseen)",
         highlight=False,
         markup=False,
+    )
+
+
+def show_reports(console: Console, out: Path) -> None:
+    """A page of each run, and one of all side by side."""
+    runs = [out / movement.folder for movement in (TOKENIZER, *TRAINED, ARTIST)]
+    for run in runs:
+        write_report([run])
+    _, page = write_report(runs, out / REPORT)
+    console.print(
+        f"report of all runs: {page}; of each: {runs[0] / REPORT}, ...", highlight=False, markup=False
     )
 
 

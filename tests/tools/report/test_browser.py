@@ -155,12 +155,12 @@ def test_intervals_are_leafed_through(browser: Browser, one: Path) -> None:
         "frames.map((frame) => frame.src === map.querySelector('.large').src), "
         "frames.map((frame) => frame.classList.contains('chosen'))];"
     )
-    assert browser.run(look)[::2] == ["steps 51 to 100", [False, True]]
+    assert browser.run(look)[::2] == ["steps 51 to 100: 1 of 24 experts dead", [False, True]]
     browser.run(
         "const slider = document.querySelector('.slider input'); slider.value = 0;"
         "slider.dispatchEvent(new Event('input'));"
     )
-    assert browser.run(look)[::2] == ["steps 1 to 50", [True, False]]
+    assert browser.run(look)[::2] == ["steps 1 to 50: 1 of 24 experts dead", [True, False]]
     cell = browser.run(
         "const large = document.querySelector('.large'), box = large.getBoundingClientRect();"
         "return [[0.5, 0.5], [1.5, 0.5], [2.5, 0.5], [7.5, 2.5]].map(([x, y]) => {"

@@ -55,7 +55,8 @@ def _time(run: Run) -> Fact:
         unknown = any(start.end is None for start in run.starts[:-1]) or (
             run.starts[-1].end is None and run.state.word != RUNNING
         )
-        remark = f"in {times} starts" if times > 1 else "start to end"
+        whole = "so far" if run.state.word == RUNNING else "start to end"
+        remark = f"in {times} starts" if times > 1 else whole
         return Fact(
             "time", humane.duration(seconds), remark + (", without what was killed" if unknown else "")
         )
