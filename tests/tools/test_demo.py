@@ -147,6 +147,7 @@ def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failu
     monkeypatch.setattr(demo.subprocess, "run", run)
     monkeypatch.setattr(demo, "show_captions", lambda console, run: shown.append(run))
     monkeypatch.setattr(demo, "show_answers", lambda console, out, questions, answers: shown.append(answers))
+    monkeypatch.setattr(demo, "show_reports", lambda console, out: shown.append(out))
     monkeypatch.setattr(demo, "picture_of", lambda out, names: Image.new("RGB", (2, 2)))
     monkeypatch.setattr(demo, "faster_precision", lambda: "fp32")
     assert demo.main(["--out", str(tmp_path), "train.max_steps=20"]) == (75 if fails else 0)
@@ -175,7 +176,8 @@ def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failu
     assert [words[:3] for words in commands[7:]] == [["-m", "cantata", "generate"]] * 3
     assert commands[9].count("--prompt") == len(drawn_names())
     assert (tmp_path / "emoji.png").is_file()
-    assert shown == [tmp_path / "pretrain", dict.fromkeys(("sft", "lora"), ["Flags"] * demo.QUESTIONS)]
+    answers = dict.fromkeys(("sft", "lora"), ["Flags"] * demo.QUESTIONS)
+    assert shown == [tmp_path / "pretrain", answers, tmp_path]
 
 
 def test_a_model_that_does_not_answer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

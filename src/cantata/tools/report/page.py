@@ -14,6 +14,7 @@ from cantata import __version__
 from cantata.tools import html
 from cantata.tools.report.charts import charts_of
 from cantata.tools.report.configs import differences
+from cantata.tools.report.experts import CELL
 from cantata.tools.report.lines import COLOURS, HEIGHT, WIDTH
 from cantata.tools.report.notes import notes
 from cantata.tools.report.run import Run
@@ -45,6 +46,7 @@ def page(runs: Sequence[Run]) -> str:
         last=last,
         size=(WIDTH, HEIGHT),
         colours=COLOURS,
+        cell=CELL,
         stops=[f"rgb{stop}" for stop in STOPS],
         version=__version__,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
