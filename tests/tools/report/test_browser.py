@@ -84,6 +84,27 @@ def test_it_fits_and_no_mark_lies_on_another(browser: Browser, one: Path, severa
         assert browser.run(overlapping) == []
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_moves_under_the_pointer(browser: Browser, several: Path, width: int) -> None:
+    browser.open(several, width)
+    browser.run(OPEN_ALL)
+    moved = """
+        const plots = [...document.querySelectorAll('.plot')];
+        const look = () => plots.map((plot) => plot.offsetTop);
+        const before = look(), found = [];
+        for (const plot of plots) {
+          const box = plot.getBoundingClientRect();
+          for (const place of [0, 0.35, 0.8, 1]) {
+            const clientX = box.left + place * box.width;
+            plot.dispatchEvent(new PointerEvent('pointermove', { clientX }));
+            look().forEach((top, index) => { if (top !== before[index]) found.push(plot.ariaLabel); });
+          }
+        }
+        return found;
+    """
+    assert browser.run(moved) == []
+
+
 def luminance(colour: str) -> float:
     """Relative luminance of `rgb(...)` (WCAG 2.1)."""
     shares = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
