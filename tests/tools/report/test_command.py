@@ -14,7 +14,7 @@ def test_one_run_keeps_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
     path = make_run(tmp_path / "run")
     assert main(["report", str(path)]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "run: finished, 12 steps"
+    assert said[0] == "run: finished, step 12"
     assert said[1].startswith(f"report: {path / 'report.html'} (")
     assert (path / "report.html").read_text().startswith("<!doctype html>")
     assert not list(path.glob("*.incomplete"))

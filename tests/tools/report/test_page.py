@@ -80,7 +80,7 @@ def test_a_failure_and_all_that_is_wrong_stand_at_the_top(tmp_path: Path) -> Non
     _, parsed = made(path)
     top = parsed.text[: parsed.text.index("Over steps.")]
     for words in (
-        "run failed",
+        "Why run failed",
         "step 13: bang",
         "1 line broken and left out, the last one cut short",
         "step 3 and what follows were logged again after a resume: 1 line of before replaced",

@@ -46,7 +46,6 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(list(arguments))
     runs, file = write_report(given.runs, given.to)
     for run in runs:
-        steps = f"{run.metrics.last_step:,} steps" if run.metrics.lines else "no step yet"
-        print(f"{run.label}: {run.state.word}, {steps}")
+        print(f"{run.label}: {run.state.word}, step {run.metrics.last_step:,}")
     print(f"report: {file} ({humane.size(file.stat().st_size)})")
     return 0

@@ -10,7 +10,7 @@ import numpy as np
 from cantata.tools.report.metrics import Series
 from cantata.tools.report.run import Run
 from cantata.tools.report.series import exact
-from cantata.tools.report.state import RUNNING
+from cantata.tools.report.state import BROKEN, RUNNING
 from cantata.train import humane
 
 HELD_OUT = "eval/loss"
@@ -32,7 +32,7 @@ def facts(run: Run) -> list[Fact]:
     limit = "" if run.max_steps is None else f"of {run.max_steps:,}"
     tokens, training = series.get("tokens"), series.get("loss")
     told = [
-        Fact("state", run.state.word, run.state.detail),
+        Fact("state", run.state.word, "why stands below" if run.state.word == BROKEN else run.state.detail),
         Fact("steps", f"{metrics.last_step:,}", limit),
         Fact("tokens", _count(tokens.last if tokens else None), _targets(series.get("target_tokens"))),
         _time(run),
