@@ -34,6 +34,7 @@ OF_GROUP = {
 APART = {f"{EVAL}target_tokens"}
 """Held-out values that are not of the same kind as training's of that name."""
 ORDER = (LOSSES, EVALUATION, OPTIMIZER, SPEED)
+LOSS = re.compile(rf"({EVAL})?loss(/|$)")
 LAYER = re.compile(r"(.+)/layer_(\d+)")
 
 
@@ -83,7 +84,7 @@ def charts_of(runs: Mapping[str, Metrics]) -> list[Group]:
 
 
 def _group(name: str) -> str:
-    if name == "loss" or name.startswith(("loss/", f"{EVAL}loss")):
+    if LOSS.match(name):
         return LOSSES
     if name.startswith(EVAL):
         return EVALUATION
@@ -107,40 +108,39 @@ def _is_drawn_with_training(name: str, names: Iterable[str]) -> bool:
 def _drawn(name: str, run: int, label: str, found: Mapping[str, Series], alone: bool) -> list[Drawn]:
     """A run's lines of a chart: training, its running mean, held out."""
     drawn = []
-    if name in found and len(found[name].finite):
-        series, kind = found[name], HELD_OUT if name.startswith(EVAL) else TRAIN
-        own = (
-            label
-            if not alone
-            else "held out"
-            if kind == HELD_OUT
-            else "training"
-            if _in_pairs(name)
-            else "last"
-        )
+
+    def add(part: str, kind: str, series: Series, is_first: bool = False) -> None:
+        of_run = label if is_first else f"{label}, {part}"
+        drawn.append(Drawn(part if alone else of_run, run, kind, series))
+
+    series, held = found.get(name), found.get(EVAL + name)
+    if series is not None and len(series.finite):
         is_smoothed = name == "loss" and len(series.steps) >= SMOOTHED
-        drawn.append(Drawn(own, run, RAW if is_smoothed else kind, series))
+        if name.startswith(EVAL):
+            add("held out", HELD_OUT, series, is_first=True)
+        else:
+            add(
+                "training" if LOSS.match(name) else "last",
+                RAW if is_smoothed else TRAIN,
+                series,
+                is_first=True,
+            )
         if is_smoothed:
             window = len(series.steps) // SMOOTHING
-            mean = f"mean of {window} lines"
-            drawn.append(
-                Drawn(mean if alone else f"{label}, {mean}", run, MEAN, running_mean(series, window))
-            )
-    held = found.get(EVAL + name)
+            add(f"mean of {window} lines", MEAN, running_mean(series, window))
     if EVAL + name not in APART and held is not None and len(held.finite):
-        drawn.append(Drawn("held out" if alone else f"{label}, held out", run, HELD_OUT, held))
+        add("held out", HELD_OUT, held)
     return drawn
 
 
-def _in_pairs(name: str) -> bool:
-    return name == "loss" or name.startswith("loss/")
-
-
 def _layers(base: str, run: int, found: Mapping[str, Series]) -> list[Drawn]:
-    numbered = sorted(
-        (int(match[2]), series)
+    numbered = {
+        int(match[2]): series
         for name, series in found.items()
         if (match := LAYER.fullmatch(name)) and match[1] == base and len(series.finite)
-    )
-    last = max(1, numbered[-1][0]) if numbered else 1
-    return [Drawn(f"layer {layer}", run, OF_LAYER, series, layer / last) for layer, series in numbered]
+    }
+    last = max([1, *numbered])
+    return [
+        Drawn(f"layer {layer}", run, OF_LAYER, series, layer / last)
+        for layer, series in sorted(numbered.items(), key=lambda one: one[0])
+    ]
