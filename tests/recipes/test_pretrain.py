@@ -45,7 +45,13 @@ def test_a_run_leaves_what_the_contract_names(whole_run: Path) -> None:
     assert (whole_run / "LATEST").read_text() == "step-00000008\n"
     names = {path.name for path in (whole_run / "checkpoints").iterdir()}
     assert names == {"step-00000003", "step-00000006", "step-00000008"}
-    for name in ("config.yaml", "logs/rank-0.log", "logs/startup.txt", "samples/step-00000008.jsonl"):
+    for name in (
+        "config.yaml",
+        "logs/rank-0.log",
+        "logs/startup.txt",
+        "logs/history.jsonl",
+        "samples/step-00000008.jsonl",
+    ):
         assert (whole_run / name).is_file()
 
 

@@ -29,6 +29,7 @@ from cantata.tools.demo_plan import (
     opening,
 )
 from cantata.tools.prompts import read_prompts
+from tests.tools.report.runs import make_run
 
 LINES: list[dict[str, Any]] = [
     {"step": 1, "loss": 9.0, "eval/initial/loss": 8.75},
@@ -42,6 +43,16 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+def test_it_ends_with_a_page_of_each_run_and_of_all(tmp_path: Path) -> None:
+    for name in ("vq", "pretrain", "sft", "lora", "emu3"):
+        make_run(tmp_path / name)
+    text = io.StringIO()
+    demo.show_reports(Console(file=text, width=300), tmp_path)
+    assert f"report of all runs: {tmp_path / 'report.html'}; of each: " in text.getvalue()
+    assert "5 runs side by side" in (tmp_path / "report.html").read_text()
+    assert len(list(tmp_path.glob("*/report.html"))) == 5
 
 
 def caption(says: str) -> list[dict[str, Any]]:
@@ -147,6 +158,7 @@ def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failu
     monkeypatch.setattr(demo.subprocess, "run", run)
     monkeypatch.setattr(demo, "show_captions", lambda console, run: shown.append(run))
     monkeypatch.setattr(demo, "show_answers", lambda console, out, questions, answers: shown.append(answers))
+    monkeypatch.setattr(demo, "show_reports", lambda console, out: shown.append(out))
     monkeypatch.setattr(demo, "picture_of", lambda out, names: Image.new("RGB", (2, 2)))
     monkeypatch.setattr(demo, "faster_precision", lambda: "fp32")
     assert demo.main(["--out", str(tmp_path), "train.max_steps=20"]) == (75 if fails else 0)
@@ -177,7 +189,8 @@ def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failu
     assert [words[:3] for words in commands[7:]] == [["-m", "cantata", "generate"]] * 3
     assert commands[9].count("--prompt") == len(drawn_names())
     assert (tmp_path / "emoji.png").is_file()
-    assert shown == [tmp_path / "pretrain", dict.fromkeys(("sft", "lora"), ["Flags"] * demo.QUESTIONS)]
+    answers = dict.fromkeys(("sft", "lora"), ["Flags"] * demo.QUESTIONS)
+    assert shown == [tmp_path / "pretrain", answers, tmp_path]
 
 
 def test_the_first_screen_says_what_is_going_to_happen() -> None:

@@ -23,6 +23,8 @@ from cantata.tools.arguments import Parser
 from cantata.tools.demo_drawing import drawn_names, picture_of
 from cantata.tools.demo_plan import ENCORE, MOVEMENTS, WIDTH, Movement, announce, opening
 from cantata.tools.plan import read_stage
+from cantata.tools.report.command import FILE as REPORT
+from cantata.tools.report.command import write_report
 from cantata.train.humane import duration
 
 QUESTION, QUESTIONS = "Which group?", 8
@@ -53,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     answers = {stage: ask(out / stage, file) for stage in ("sft", "lora")}
     show_answers(console, out, questions, answers)
     show_drawings(console, out)
+    show_reports(console, out)
     return 0
 
 
@@ -154,6 +157,17 @@ def show_drawings(console: Console, out: Path) -> None:
         f"drawn by name, the real emoji above each: {sheet} ({', '.join(names)}; the last half unseen)",
         highlight=False,
         markup=False,
+    )
+
+
+def show_reports(console: Console, out: Path) -> None:
+    """A page of each run, and one of all side by side."""
+    runs = [out / movement.folder for movement in MOVEMENTS]
+    for run in runs:
+        write_report([run])
+    _, page = write_report(runs, out / REPORT)
+    console.print(
+        f"report of all runs: {page}; of each: {runs[0] / REPORT}, ...", highlight=False, markup=False
     )
 
 

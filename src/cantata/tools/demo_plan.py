@@ -16,7 +16,8 @@ About {minutes} minutes on two idle CPU cores, less with a GPU.
 
 Needs 3 GB of memory and 2 GB of disk; no GPU, no account, and nothing is downloaded.
 Everything goes into [bold]{out}[/bold]: a folder for each run (metrics.jsonl, checkpoints/, samples/), \
-emoji.png for what is drawn. Stop it when you like: the same command goes on where it stopped."""
+emoji.png for what is drawn, report.html for all of it. Stop it when you like: the same command goes on \
+where it stopped."""
 
 WIDTH = 88
 """Columns of the first screen, where the terminal has as many."""
@@ -65,8 +66,8 @@ ARTIST = Movement(
     "a small Emu3 learns to draw emoji after their names",
 )
 MOVEMENTS = (TOKENIZER, *TRAINED, ARTIST)
-ENCORE = ("generate", 1, "they answer about emoji that they never saw, and Emu3 draws")
-"""The verb of the end, its minutes, and what it does."""
+ENCORE = ("generate", 1, "they answer about unseen emoji, Emu3 draws; then a page shows it all")
+"""The verb of the end, its minutes, and what it does with the page of `cantata report`."""
 
 
 def opening(out: Path) -> str:

@@ -26,10 +26,12 @@ from cantata.train.checkpoint import Checkpointer, fingerprint
 from cantata.train.critic import Critic, WithCritic
 from cantata.train.early_stopping import EarlyStopping
 from cantata.train.engine import Engine, Objective
+from cantata.train.environment import environment
 from cantata.train.evaluate import Evaluation, Probe, evaluate
 from cantata.train.expert_counts import ExpertInterval
 from cantata.train.expert_load import LoadWarning, PeakRows
 from cantata.train.expert_report import ExpertFolder, ExpertReport
+from cantata.train.history import History
 from cantata.train.learned_codes import learned_codes
 from cantata.train.listeners import Codebook, ExpertBias, Kept, Saving, Telemetry
 from cantata.train.loggers import Sinks, open_sinks
@@ -77,6 +79,7 @@ def run_session(
         checkpointer = Checkpointer(stage.out, stage.checkpoint, shape)
         closing.callback(checkpointer.close)
         closing.enter_context(logging_to(stage.out))
+        history = closing.enter_context(History(stage.out))
         console = Console(dist.rank())
         closing.callback(console.close)
         loader.warn = console.on_warning
@@ -87,6 +90,7 @@ def run_session(
         kept |= base_identity(stage)
         saving = Saving(checkpointer, engine, loader, kept, console, stage.train.max_steps, best)
         start = saving.resume()
+        history.start(start.step, describe.origin(stage, model, start.step), environment())
         save_config(resolved, stage.out / "config.yaml")
         sinks = open_sinks(stage.logger, stage.out, stage.name, resolved, start.step or None, dist.rank())
         closing.callback(sinks.close)
@@ -103,6 +107,7 @@ def run_session(
         saving.finish()
         _tell_drops(console, loader, held_out)
         outcome, code = _outcome(end.step >= stage.train.max_steps, early.reason)
+        history.end(end.step, outcome, code)
         took = time.monotonic() - began
         console.on_end(describe.summary(stage, outcome, end.step, took, telemetry, evaluation))
     return code
