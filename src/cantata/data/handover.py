@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,10 +21,39 @@ class Failure(NamedTuple):
     is_config: bool
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
+def serve_the_trainer(worker: int) -> None:
+    """What a worker does first: it leaves signals to the trainer, and leaves with it, however that ends."""
+    leave_signals_to_the_trainer()
+    threading.Thread(target=_leave_with_the_trainer, name="leave", daemon=True).start()
+
+
+def leave_signals_to_the_trainer() -> None:
     # A signal to the whole job asks the trainer to save and stop; it still needs its workers for that.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _leave_with_the_trainer() -> None:
+    # Torch's own watch ends in a wait for rows to be taken that nobody will take.
+    trainer = multiprocessing.parent_process()
+    while trainer is not None and os.getppid() == trainer.pid:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def let_go(iterators: Sequence[Any]) -> None:
+    """Where a worker has died, end the others, and with them every wait for what they were writing.
+
+    One that is killed while it writes leaves half a row in its pipe and the trainer's thread waiting for the
+    rest; the pipe ends only when no process can write to it any more. Does nothing while all live.
+    """
+    workers = [worker for one in iterators for worker in one._workers]
+    if all(worker.is_alive() for worker in workers):
+        return
+    for worker in workers:
+        worker.kill()
+    for one in iterators:
+        one._worker_result_queue._writer.close()
 
 
 def unchanged(item: Any) -> Any:

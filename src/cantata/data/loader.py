@@ -27,7 +27,7 @@ from cantata.core.types import MicroBatch, RowInfo
 from cantata.data.ahead import one_ahead, repeated
 from cantata.data.collate.base import Collator
 from cantata.data.drops import sum_drops, sum_reads
-from cantata.data.handover import DYING, Failure, arrived, died, leave_signals_to_the_trainer, unchanged
+from cantata.data.handover import DYING, Failure, arrived, died, let_go, serve_the_trainer, unchanged
 from cantata.data.order import BLOCK, Order
 from cantata.data.reading import Drop, Reader, Source
 from cantata.data.rows import RowMaker, check_states
@@ -47,8 +47,7 @@ class Streams(IterableDataset[Any]):
         streams: numbers of these streams, in the order of their next rows.
         states: state of each of them, or None where it has not begun.
         window: samples a stream chooses from.
-        marks: take which sample is being read.
-        worker: number of the process, for that.
+        marks: take which sample is being read, by process `worker`.
     """
 
     def __init__(
@@ -171,11 +170,12 @@ class Loader:
 
     def __iter__(self) -> Generator[Any, None, None]:
         """Batches without end. Close it: workers ignore signals, and a process that has one does not exit."""
-        marks = Marks(self._num_workers, self.order.names)
-        watch = StallWatch(self._stall_warning, marks, self.warn)
-        rows = self._ready_rows(marks, watch)
+        watch = StallWatch(self._stall_warning, Marks(self._num_workers, self.order.names), self.warn)
+        sources: list[Any] = []
+        rows = self._ready_rows(sources, watch)
         make = partial(self._make_batch, rows)
-        with closing(rows), closing(one_ahead(make) if self._num_workers else repeated(make)) as batches:
+        ahead = one_ahead(make, partial(let_go, sources)) if self._num_workers else repeated(make)
+        with closing(rows), closing(ahead) as batches:
             while True:
                 with watch.waiting():
                     taken, batch = next(batches)
@@ -259,16 +259,16 @@ class Loader:
         infos = [row.info for row in taken if row.info is not None]
         return infos, self.collator.collate(taken, self._reader.sequence_length)
 
-    def _ready_rows(self, marks: Marks, watch: StallWatch) -> Generator[Any, None, None]:
-        """This rank's rows from the next one on."""
+    def _ready_rows(self, sources: list[Any], watch: StallWatch) -> Generator[Any, None, None]:
+        """This rank's rows from the next one on; `sources` holds what they come from, while they come."""
         first = self._rows + (self._rank - self._rows) % self._world_size
         streams = [
             row % self._num_streams for row in range(first, first + self._num_streams, self._world_size)
         ]
         workers = min(max(self._num_workers, 1), len(streams))
         shares = [streams[worker::workers] for worker in range(workers)]
-        sources = [iter(self._prefetched(share, marks, worker)) for worker, share in enumerate(shares)]
         try:
+            sources += (iter(self._prefetched(*share, watch.marks)) for share in enumerate(shares))
             with watch.watching():
                 for turn in count():
                     watch.worker = turn % len(streams) % workers
@@ -283,7 +283,7 @@ class Loader:
             # A traceback that is kept would keep the workers too, and with them the process.
             sources.clear()
 
-    def _prefetched(self, streams: Sequence[int], marks: Marks, worker: int) -> DataLoader[Any]:
+    def _prefetched(self, worker: int, streams: Sequence[int], marks: Marks) -> DataLoader[Any]:
         states = [self._states.get(stream) for stream in streams]
         common = (self._reader, self.collator, self.order, self._num_streams)
         dataset = Streams(*common, streams, states, self._window, marks, worker)
@@ -296,5 +296,5 @@ class Loader:
             generator=torch.Generator(),
             num_workers=int(has_worker),
             prefetch_factor=self._prefetch if has_worker else None,
-            worker_init_fn=leave_signals_to_the_trainer,
+            worker_init_fn=serve_the_trainer,
         )

@@ -62,7 +62,7 @@ class StallWatch:
 
     def __init__(self, seconds: float | None, marks: Marks, warn: Callable[[str], None]) -> None:
         self._seconds = seconds
-        self._marks = marks
+        self.marks = marks
         self._warn = warn
         self._since: float | None = None
         self._closed = threading.Event()
@@ -102,5 +102,5 @@ class StallWatch:
                 known, due = since, seconds
             waited = time.monotonic() - since
             if waited >= due:
-                self._warn(f"no training batch for {waited:.3g} s: {self._marks.describe(self.worker)}")
+                self._warn(f"no training batch for {waited:.3g} s: {self.marks.describe(self.worker)}")
                 due = 2 * waited
