@@ -66,7 +66,7 @@ ARTIST = Movement(
     "a small Emu3 learns to draw emoji after their names",
 )
 MOVEMENTS = (TOKENIZER, *TRAINED, ARTIST)
-ENCORE = ("generate", 1, "they answer about unseen emoji, Emu3 draws; then a page shows it all")
+ENCORE = ("generate", 1, "they answer about unseen emoji, Emu3 draws; a page of it all")
 """The verb of the end, its minutes, and what it does with the page of `cantata report`."""
 
 
