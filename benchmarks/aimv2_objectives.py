@@ -6,7 +6,7 @@ AIMv2's paper (arXiv:2411.14402, table 9) orders them: pixels alone < captions r
 under a prefix mask < both. Each run is `cantata pretrain experiment=aimv2_mini` with another objective and as
 many steps, on captions that are names alone. Then `cantata probe` trains an attentive probe on the frozen
 encoder to tell the ten groups of emoji, which no caption names; a fifth of the images is held out from both.
-An encoder that has learned nothing is probed as well. There is no peer: nobody else trains these.
+An encoder that has learned nothing is probed as well. All in fp32. There is no peer: nobody else trains these.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def accuracy(
     data = [f"data.{part}.emoji.dataset" for part in ("sources", "held_out")]
     rate = "optimizer.lr=0.0" if name == "nothing" else "optimizer.lr=2e-3"
     run(
-        *("pretrain", "experiment=aimv2_mini", f"out={out}", f"seed={seed}", rate),
+        *("pretrain", "experiment=aimv2_mini", f"out={out}", f"seed={seed}", rate, "engine.precision=fp32"),
         *(f"train.max_steps={1 if name == 'nothing' else steps}", "train.eval_every=0", "checkpoint.every=0"),
         *(f"{part}.held_out_share={SHARE}" for part in data),
         *(f"{part}.caption='{{name}}'" for part in data),

@@ -3,10 +3,11 @@
     python benchmarks/mllama_step.py [--quick] [--processor-time] [--fp32]
 
 Positions of an image are four times the tower's width, as in the published model they are five times. Both
-hold the same weights, in bf16 or with --fp32 in that; both use fused AdamW and SDPA. Two questions: tokens
-per second of a step on rows of one length, each with an image of one to four tiles; and useful tokens per
-second on the embedded set's real lengths, emoji with their names and texts without images, ours packed, the
-peer's padded to the longest row, an image for each, and four tiles for each image.
+hold the same weights, in bf16 or with --fp32 in that; both use fused AdamW and SDPA. Three questions: tokens
+per second of a step on rows of one length, each with one image of one to four tiles; the same where rows have
+0 to 3 images, of which the peer computes 3 for each row; and useful tokens per second on the embedded set's
+real lengths, emoji with their names and texts without images, ours packed, the peer's padded to the longest
+row, an image for each. The peer computes four tiles of every image, as we do, and attends under a mask.
 """
 
 from __future__ import annotations
@@ -138,28 +139,30 @@ def our_step(model: Mllama, samples: Sequence[Sample]) -> Callable[[], float]:
 
 def peer_step(model: nn.Module, samples: Sequence[Sample]) -> Callable[[], float]:
     """The peer's way: a row for each sample, all as long as the longest, an image slot in each."""
-    longest = max(map(len, samples))
-    rows = [padded(sample, longest) for sample in samples]
+    longest, most = max(map(len, samples)), max(len(sample.images) for sample in samples)
+    rows = [padded(sample, longest, most) for sample in samples]
     inputs = {key: torch.cat([row[key] for row in rows]).to(DEVICE) for key in rows[0]}
     inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
     return trained(model, lambda: model(**inputs).loss)
 
 
-def padded(sample: Sample, length: int) -> dict[str, torch.Tensor]:
+def padded(sample: Sample, length: int, count: int) -> dict[str, torch.Tensor]:
+    """What transformers' processor would hand over: `length` tokens and `count` images."""
     ids = sample.input_ids_T.tolist()
     images = [on_canvas(image.patches_PC, int(image.position_ids_P[0])) for image in sample.images]
-    count, most, side = 1, VISION.max_num_tiles, VISION.image_size
+    most, side = VISION.max_num_tiles, VISION.image_size
+    absent, rest = count - len(images), length - len(ids)
     found = {
-        "pixel_values": torch.zeros(1, count, most, VISION.num_channels, side, side),
-        "aspect_ratio_ids": torch.zeros(1, count, dtype=torch.int64),
-        "aspect_ratio_mask": torch.tensor([[[1] + [0] * (most - 1)]]),
-        "cross_attention_mask": torch.zeros(1, len(ids), count, most, dtype=torch.int64),
+        "pixel_values": torch.zeros(1, absent, most, VISION.num_channels, side, side),
+        "aspect_ratio_ids": torch.zeros(1, absent, dtype=torch.int64),
+        "aspect_ratio_mask": torch.tensor([1] + [0] * (most - 1)).expand(1, absent, most),
     }
+    mask = torch.zeros(1, length, count, most, dtype=torch.int64)
     if images:
-        found = image_inputs(VISION, ids, images, IMAGE_TOKEN)
-    mask = found["cross_attention_mask"]
-    rest = length - len(ids)
-    found["cross_attention_mask"] = nn.functional.pad(mask, (0, 0, 0, 0, 0, rest))
+        given = image_inputs(VISION, ids, images, IMAGE_TOKEN)
+        found = {name: torch.cat((given[name], padding), dim=1) for name, padding in found.items()}
+        mask[:, : len(ids), : len(images)] = given["cross_attention_mask"]
+    found["cross_attention_mask"] = mask
     found["input_ids"] = torch.tensor([ids + [PAD] * rest])
     found["attention_mask"] = torch.tensor([[1] * len(ids) + [0] * rest])
     labels = [token if weight else IGNORE_INDEX for token, weight in zip(ids, sample.weight_T, strict=True)]
@@ -176,13 +179,18 @@ def on_canvas(patches_PC: np.ndarray, first_position: int) -> torch.Tensor:
     return normalised.view(*canvases(VISION.max_num_tiles)[canvas_id - 1], VISION.patches, -1)
 
 
-def full_rows(count: int, length: int) -> list[Sample]:
-    """Rows of one length, each an image of one, two or four tiles and text that begins behind it."""
+ONE_EACH = (((224, 224),), ((400, 200),), ((448, 448),), ((224, 180),))
+UP_TO_THREE = (((448, 448),), ((224, 224), (400, 200), (224, 180)), (), ((400, 200),))
+"""Width and height of the images of four rows."""
+
+
+def full_rows(sizes: Sequence[Sequence[tuple[int, int]]], length: int) -> list[Sample]:
+    """Rows of one length: images, then text."""
     random, processor = np.random.default_rng(0), collator().processor
     samples = []
-    for size in ((224, 224), (400, 200), (448, 448), (224, 180))[:count]:
-        pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        sample = processor.encode(Document((Image.fromarray(pixels), "x")), "row:0")
+    for images in sizes:
+        pixels = [random.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in images]
+        sample = processor.encode(Document((*map(Image.fromarray, pixels), "x")), "row:0")
         words = random.integers(16, TEXT.vocab_size, length - len(sample)).astype(np.int32)
         samples.append(
             Sample(
@@ -220,23 +228,28 @@ def main() -> None:
 
     ours = our_model(torch.float32 if options.fp32 else torch.bfloat16)
     peer = peer_model(ours)
-    samples = full_rows(4, length)
-    mine, other = our_step(ours, samples), peer_step(peer, samples)
-    print(f"loss of the first step: ours {mine():.5f}, transformers {other():.5f}")
-    own, theirs, speed = harness.alternate(mine, other, pairs, clock=clock)
-    harness.figure("tokens_per_second", len(samples) * length / own, "tokens/s (ours)")
-    harness.figure("tokens_per_second_peer", len(samples) * length / theirs, "tokens/s (transformers)")
-
+    ratios = {}
+    for name, sizes in (("tokens_per_second", ONE_EACH), ("tokens_per_second_mixed_images", UP_TO_THREE)):
+        samples = full_rows(sizes, length)
+        mine, other = our_step(ours, samples), peer_step(peer, samples)
+        print(f"loss of the first step, {name}: ours {mine():.5f}, transformers {other():.5f}")
+        ratios[name] = measure(name, len(samples) * length, mine, other, pairs, clock)
     samples = real_samples(count)
-    useful = sum(map(len, samples))
-    own, theirs, packing = harness.alternate(
-        our_step(ours, samples), peer_step(peer, samples), pairs, clock=clock
-    )
-    harness.figure("useful_tokens_per_second", useful / own, "tokens/s (ours, packed)")
-    harness.figure("useful_tokens_per_second_peer", useful / theirs, "tokens/s (transformers, padded)")
+    steps = our_step(ours, samples), peer_step(peer, samples)
+    packed = "useful_tokens_per_second"
+    ratios["tokens_per_second_packed"] = measure(packed, sum(map(len, samples)), *steps, pairs, clock)
+    for name, value in ratios.items():
+        harness.ratio(name, value)
 
-    harness.ratio("tokens_per_second", speed)
-    harness.ratio("tokens_per_second_packed", packing)
+
+def measure(
+    name: str, tokens: int, ours: harness.Step, peer: harness.Step, pairs: int, clock: harness.Clock
+) -> float:
+    """Prints tokens a second of both; returns the ratio."""
+    own, theirs, ratio = harness.alternate(ours, peer, pairs, clock=clock)
+    harness.figure(name, tokens / own, "tokens/s (ours)")
+    harness.figure(f"{name}_peer", tokens / theirs, "tokens/s (transformers)")
+    return ratio
 
 
 if __name__ == "__main__":
