@@ -1,4 +1,4 @@
-"""A tokenizer's files, whatever the family: transformers loads what the processor is."""
+"""A tokenizer's files, whatever the family: transformers loads what the processor is, and we read it back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cantata.models.chat_files import write_tokenizer
+from cantata.models.chat_files import find_template, stop_ids, token_names, write_tokenizer
 from tests.models.mllama.small import small_processor
 
 WORDS = "Is't a verdict? naïve  \n\tb"
@@ -38,3 +38,40 @@ def test_a_users_template_is_written_instead_of_the_familys(tmp_path: Path) -> N
     write_tokenizer(processor, processor.token_names, "own", tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text() == template
     assert "bos_token" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    processor = small_processor()
+    write_tokenizer(processor, processor.token_names, "{{ 1 }}", tmp_path, bos_token="<|reserved_6|>")
+    names = token_names(tmp_path)
+    own = processor.token_names
+    assert (names["bos_token"], names["eos_token"], names["pad_token"]) == (
+        own.begin,
+        own.document_end,
+        own.pad,
+    )
+    assert names["image_token"] == own.image, "an extra one"
+    assert stop_ids(tmp_path) == list(processor.stop_token_ids)
+    assert find_template(tmp_path, "ours") == (str(tmp_path), "{{ 1 }}", [])
+
+
+def test_a_folder_that_says_nothing(tmp_path: Path) -> None:
+    assert (token_names(tmp_path), stop_ids(tmp_path)) == ({}, [])
+    note = f"{tmp_path} holds no chat template; conversations are as ours"
+    assert find_template(tmp_path, "as ours") == (None, "", [note])
+
+
+def test_names_may_be_mappings_and_anything_else_is_none(tmp_path: Path) -> None:
+    config = {
+        "eos_token": {"content": "<end>", "lstrip": False},
+        "pad_token": None,
+        "bos_token": {"lstrip": False},
+        "model_max_length": 5,
+        "extra_special_tokens": {"eof_token": "<eof>"},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert token_names(tmp_path) == {"eos_token": "<end>", "eof_token": "<eof>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"extra_special_tokens": ["<a>"]}))
+    assert token_names(tmp_path) == {"eos_token": "<end>"}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert stop_ids(tmp_path) == [], "one alone is the tokenizer's own end"
