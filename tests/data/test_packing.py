@@ -1,4 +1,3 @@
-import copy
 import json
 from itertools import pairwise
 
@@ -7,11 +6,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cantata.core.errors import ConfigError, RunError
+from cantata.core.errors import RunError
 from cantata.core.samples import Sample
 from cantata.data.packing import Packer
 from cantata.data.reading import Drop
-from cantata.data.rows import PackedRow, check_states
+from cantata.data.rows import PackedRow
 
 
 def sample(position: int, length: int) -> Sample:
@@ -88,30 +87,6 @@ def test_resume_continues_with_the_same_rows(lengths: list[int], window: int, in
     assert [row.info.state for row in rest] == [row.info.state for row in whole[interrupted:]]
 
 
-def test_states_do_not_change_afterwards() -> None:
-    source = packer([5, 0, 7])
-    row = source.next_row()
-    assert row is not None
-    before = copy.deepcopy(row.info.state)
-    rows(source, 5)
-    assert row.info.state == before
-
-
-def test_drops_are_told_once_and_counted() -> None:
-    filled = rows(packer([10, 0, 10]), 4)
-    told = [drop for row in filled for drop in row.info.dropped]
-    state = filled[-1].info.state
-    assert [index for _, _, index in told] == list(range(1, state["next"], 3))
-    assert state["dropped"] == {"s": {"corrupt image": len(told)}}
-    assert state["read"] == {"s": state["next"]}
-
-
-def test_counts_are_checked_at_each_drop() -> None:
-    seen = []
-    last = rows(packer([10, 0, 10], check=lambda read, dropped: seen.append(read["s"])), 4)[-1]
-    assert seen == list(range(2, last.info.state["next"] + 1, 3))
-
-
 def test_finite_data_ends_with_every_sample_out() -> None:
     filled = rows(packer([6, 6, 6, 6, 0], end=9), 50)
     assert sorted(name for row in filled for name in row.info.samples) == [
@@ -119,20 +94,6 @@ def test_finite_data_ends_with_every_sample_out() -> None:
     ]
 
 
-def test_only_drops_is_an_error_not_a_hang() -> None:
-    with pytest.raises(RunError, match="last 50 samples were all dropped"):
+def test_what_cannot_be_packed_says_how_long_a_row_is() -> None:
+    with pytest.raises(RunError, match=r"check the data and train\.sequence_length=20"):
         packer([0]).next_row()
-
-
-def test_a_pending_sample_that_vanished() -> None:
-    state = {"next": 4, "pending": [1], "read": {"s": 4}, "dropped": {}}
-    with pytest.raises(RunError, match="s:1 was read before the checkpoint"):
-        packer([5, 0]).load(state)
-
-
-def test_states_are_whole_or_of_an_older_version() -> None:
-    state = packer([5]).state()
-    check_states([state, state])
-    older = {name: value for name, value in state.items() if name in ("next", "pending")}
-    with pytest.raises(ConfigError, match=r"older version \(its data state lacks dropped, read\); start"):
-        check_states([state, older])

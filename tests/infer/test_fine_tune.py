@@ -11,6 +11,10 @@ from cantata.core.errors import ConfigError
 from cantata.infer.fine_tune import fine_tune
 from cantata.train.stage import FineTuneStage, LoRAStage
 
+KINDS = ("sft", "lora")
+AIMV2 = ("model=aimv2_mini", "collator=aimv2_mini", "model.weights=null")
+PAIRS = ("model=aimv2_mini_lit", "collator=aimv2_pairs_mini", "model.weights=null")
+
 
 @pytest.mark.parametrize(
     ("kind", "overrides", "message"),
@@ -19,6 +23,8 @@ from cantata.train.stage import FineTuneStage, LoRAStage
         ("sft", ("model.weights=null", "mesh.ep=2"), r"mesh\.ep=2"),
         ("lora", ("model.weights=null", "lora.targets=[nothing]"), "'nothing' matches no linear layer"),
         ("lora", ("model.weights=null", "collator.processor.patch_size=16"), "patch_size"),
+        *((kind, AIMV2, "Aimv2Pretraining learns patches or pairs, .* cantata pretrain") for kind in KINDS),
+        *((kind, PAIRS, "Aimv2Contrastive learns patches or pairs, .* cantata pretrain") for kind in KINDS),
     ],
 )
 def test_what_cannot_be_run_ends_before_anything_is_written(

@@ -121,6 +121,11 @@ def test_dora_is_for_linear_layers(model: nn.Module) -> None:
     [
         ({"targets": ["layers.*", "layers.*.q_proj"]}, r"'layers\.\*\.q_proj' matches no linear layer.*proj"),
         ({"targets": ["experts.fc1"]}, r"write '\*\.experts\.fc1'"),
+        ({"targets": ["layers.*.q_proj"]}, r"experts; nearest: layers\.\*\.proj$"),
+        (
+            {"targets": ["attention"]},
+            r"known: embed, head, layers\.\*\.experts\.fc1, .*fc2, layers\.\*\.proj$",
+        ),
         ({"targets": ["layers.*.norm"]}, "matches no linear layer, embedding, head or experts"),
         ({"ranks": {"*.fc3": 4}}, r"lora\.ranks: '\*\.fc3' matches no"),
         ({"modules_to_save": ["layers.*.scale"]}, "lora.modules_to_save: .* matches no parameter"),

@@ -15,7 +15,6 @@ from cantata import cli
 from cantata.core.config import compose, load, read_config, run_stage
 from cantata.core.errors import ConfigError
 from cantata.core.locate import configs_dir, recipes_dir
-from cantata.tools.answering import Vllm
 from cantata.tools.open_model import open_model
 from cantata.tools.pdf_understanding import PdfUnderstanding, understand
 from tests.data.media.test_pdf import document
@@ -78,8 +77,6 @@ def test_what_is_not_given_or_does_not_fit_is_named() -> None:
         load(node, PdfUnderstanding, origins)
     with pytest.raises(ConfigError, match="FSDP2Engine needs it"):
         composed("engine=fsdp2")
-    with pytest.raises(ConfigError, match="gpu_memory_utilization=2"):
-        Vllm(2)
 
 
 def test_the_recipe_answers(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,17 +104,6 @@ def test_pages_that_do_not_fit_leave_nothing_behind(
     assert "choose: pdf.pages=1 (" in error
     assert "split_image=false (" in error
     assert not (tmp_path / "out").exists()
-
-
-def test_vllm_that_is_not_installed(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    assert recipe(run, tmp_path / "out", "engine=vllm") == 2
-    assert "vLLM is not installed here" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
-    assert recipe(run, tmp_path / "out", "engine=vllm") == 2
-    assert "is no Hugging Face folder, and vLLM reads no other" in capsys.readouterr().err
 
 
 def test_vllm_gets_the_whole_prompt(

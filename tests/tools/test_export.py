@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,11 @@ class ModelEngine:
         return state | {f"optimizer.{name}.exp_avg": value for name, value in self.model.named_parameters()}
 
 
-def make_run(run: Path, *overrides: str, steps: tuple[int, ...] = (7,)) -> nn.Module:
-    """A run directory with checkpoints of the tiny Aria; every step's weights are its number apart."""
-    config = resolved(compose("pretrain", [*TINY, f"out={run}", *overrides]).node)
+def make_run(
+    run: Path, *overrides: str, steps: tuple[int, ...] = (7,), tiny: Sequence[str] = TINY
+) -> nn.Module:
+    """A run directory with checkpoints of a tiny model; every step's weights are its number apart."""
+    config = resolved(compose("pretrain", [*tiny, f"out={run}", *overrides]).node)
     with torch.device("meta"):
         model: nn.Module = build(config["model"])
     materialize(model, RandomInit(model, seed=3), torch.device("cpu"))

@@ -6,6 +6,7 @@ It is called by its module's name, as in `text.layers.0.self_attn.q_proj` or `te
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -177,11 +178,7 @@ def _chosen(names: list[str], config: LoRAConfig) -> dict[str, str]:
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 inside = any(fnmatchcase(name, f"*.{pattern}") for name in names)
-                near = (
-                    f"; write '*.{pattern}'"
-                    if inside
-                    else hint(pattern.replace("*", "").strip("."), _stems(names))
-                )
+                near = f"; write '*.{pattern}'" if inside else hint(pattern, _patterns(names))
                 raise ConfigError(
                     f"lora.{key}: {pattern!r} matches no linear layer, embedding, head or experts{near}"
                 )
@@ -196,12 +193,15 @@ def _chosen(names: list[str], config: LoRAConfig) -> dict[str, str]:
 def _saved(names: list[str], config: LoRAConfig) -> list[str]:
     for pattern in config.modules_to_save:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"lora.modules_to_save: {pattern!r} matches no parameter{hint(pattern, names)}")
+            raise ConfigError(
+                f"lora.modules_to_save: {pattern!r} matches no parameter{hint(pattern, _patterns(names))}"
+            )
     return [name for name in names if any(fnmatchcase(name, p) for p in config.modules_to_save)]
 
 
-def _stems(names: list[str]) -> set[str]:
-    return {part for name in names for part in (name, name.rpartition(".")[2])}
+def _patterns(names: list[str]) -> set[str]:
+    """What the names have in common: one for all layers, since a model has too many names to list."""
+    return {re.sub(r"\.\d+\.", ".*.", name) for name in names}
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -19,7 +19,8 @@ from cantata.models.aimv2 import (
 from cantata.models.aimv2.hf import Aimv2VisionLayout, read_hub_config
 from cantata.models.aimv2.processor import PatchReader
 from cantata.models.aimv2.vision import VisionTower
-from cantata.models.hub import CONFIG, load_from_hub, read_json
+from cantata.models.chat_files import token_names
+from cantata.models.hub import CONFIG, load_from_hub
 from cantata.parallel.materialize import materialize
 from cantata.tools.open_model import RunWeights
 from cantata.tools.runs import find_checkpoint, open_run
@@ -70,8 +71,12 @@ def _pair_reader(path: Path, sizes: tuple[int, int, bool, int], max_length: int)
     """With the folder's tokenizer, where there is one."""
     if not (path / TOKENIZER).is_file():
         return PatchReader(*sizes)
-    names = read_json(path / TOKENIZER)
-    begin, end, pad = (_spelt(path, names, f"{role}_token") for role in ("bos", "eos", "pad"))
+    names = token_names(path)
+    roles = [f"{role}_token" for role in ("bos", "eos", "pad")]
+    for role in roles:
+        if role not in names:
+            raise ConfigError(f"{path / TOKENIZER} names no {role}")
+    begin, end, pad = (names[role] for role in roles)
     return Aimv2PairProcessor(str(path), *sizes, begin, end, pad, max_length)
 
 
@@ -83,11 +88,3 @@ def _from_run(path: Path, device: torch.device) -> tuple[Any, PatchReader]:
         raise ConfigError(f"{path}: {type(run.model).__name__} has no image encoder; give a run of AIMv2")
     materialize(run.model, RunWeights(run), device)
     return run.model, run.processor
-
-
-def _spelt(path: Path, names: dict[str, Any], key: str) -> str:
-    found = names.get(key)
-    found = found.get("content") if isinstance(found, dict) else found
-    if not isinstance(found, str):
-        raise ConfigError(f"{path / TOKENIZER} names no {key}")
-    return found

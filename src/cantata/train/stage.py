@@ -21,7 +21,14 @@ from cantata.data.loader import Loader
 from cantata.models.adapter_files import AdapterReader
 from cantata.models.hub import HubReader, parameter_shapes
 from cantata.models.lora import LoRAConfig, apply_lora
-from cantata.models.protocol import AssembledFrom, HubPart, ImageTokenizer, LanguageModel
+from cantata.models.protocol import (
+    AssembledFrom,
+    HubPart,
+    ImageTokenizer,
+    LanguageModel,
+    PairEncoder,
+    PatchPredictor,
+)
 from cantata.nn.lora import is_factor
 from cantata.parallel.materialize import Assembled, RandomInit, Source, persistent_tensors
 from cantata.parallel.mesh import MeshConfig, build_mesh
@@ -141,13 +148,24 @@ def require_weights(stage: LanguageStage) -> None:
 def build_model(stage: Stage) -> nn.Module:
     """The model on the meta device, with its adapters: shapes without storage.
 
-    Raises `ConfigError` where a pattern of `lora` matches nothing.
+    Raises `ConfigError` for a model that is not fine-tuned, and where a pattern of `lora` matches nothing.
     """
     with torch.device("meta"):
         model: nn.Module = build(stage.model)
+        if isinstance(stage, FineTuneStage):
+            _check_answers(model)
         if isinstance(stage, LoRAStage):
             apply_lora(model, stage.lora)
     return model
+
+
+def _check_answers(model: nn.Module) -> None:
+    """Fine-tuning learns the next token of answers alone."""
+    if isinstance(model, PatchPredictor | PairEncoder):
+        raise ConfigError(
+            f"model: {type(model).__name__} learns patches or pairs, cantata sft and lora the next token of "
+            "answers; go on from weights with cantata pretrain and the model's own objective"
+        )
 
 
 def base_identity(stage: Stage) -> dict[str, BaseIdentity]:

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cantata.core.samples import Document
-from cantata.core.types import Batch, Images, Segments
-from cantata.data.collate import PackedCollator
+from cantata.core.types import Batch, Images, Segments, StepTotals
+from cantata.data.collate import PackedCollator, PrefixCollator
 from cantata.models.aimv2 import (
     Aimv2Contrastive,
     Aimv2DecoderConfig,
@@ -176,3 +176,14 @@ def pair_batch(count: int = 4, vision: Aimv2VisionConfig = VISION, seed: int = 0
     collator = PackedCollator(pair_processor(vision))
     samples = [collator.encode(one, f"pairs:{i}") for i, one in enumerate(documents(count, seed))]
     return collator.collate([collator.row(samples)], sum(map(len, samples)) + 3)
+
+
+def patch_batch(count: int, vision: Aimv2VisionConfig, *, first: int = 0, padding: int = 0) -> Batch:
+    """Samples of pretraining end to end in one row, with prefixes."""
+    collator = PrefixCollator(processor(vision))
+    encoded = [collator.encode(one, f"s:{i}") for i, one in enumerate(documents(8))][first : first + count]
+    return collator.collate([collator.row(encoded)], sum(map(len, encoded)) + padding)
+
+
+def totals_of(batch: Batch) -> StepTotals:
+    return StepTotals(batch.num_tokens, batch.num_targets, batch.target_weight)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from cantata.core.errors import ConfigError
-from cantata.models.aimv2 import contrastive_from_hub, encoder_from_hub
 from cantata.models.aimv2.hf import Aimv2Layout, Aimv2VisionLayout, read_hub_config
 from tests.models.aimv2.small import NATIVE, TEXT, VISION, contrastive, encoder, pretraining
 
@@ -65,12 +64,3 @@ def test_shapes_that_differ() -> None:
 def test_what_is_not_built_here_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         read_hub_config(write(tmp_path, Aimv2VisionLayout(VISION).hub_config() | change))
-
-
-def test_one_kind_of_model_is_not_the_other(tmp_path: Path) -> None:
-    write(tmp_path, WHOLE.hub_config())
-    with pytest.raises(ConfigError, match="holds a contrastive model"):
-        encoder_from_hub(tmp_path)
-    write(tmp_path, Aimv2VisionLayout(VISION).hub_config())
-    with pytest.raises(ConfigError, match="holds an image encoder alone"):
-        contrastive_from_hub(tmp_path)

@@ -11,7 +11,6 @@ import torch
 
 from cantata.core.errors import ConfigError
 from cantata.models.autoencoder import Autoencoder, autoencoder_from_hub
-from cantata.models.autoencoder.quantizer_node import described
 from cantata.models.hub import HubReader, HubWriter
 from cantata.nn.quantize import EMAVectorQuantizer, FiniteScalarQuantizer
 from cantata.nn.quantize.base import Quantizer
@@ -75,11 +74,6 @@ def config(tmp_path: Path, change: dict[str, Any]) -> Path:
 def test_configs_that_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         autoencoder_from_hub(config(tmp_path, change))
-
-
-def test_a_quantiser_of_elsewhere_is_not_published() -> None:
-    with pytest.raises(ConfigError, match="only quantisers of cantata"):
-        described(Nearest(32, 4))
 
 
 def test_the_processor_scales_to_the_range_of_training(tmp_path: Path) -> None:

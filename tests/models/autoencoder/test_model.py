@@ -122,22 +122,6 @@ def test_sizes_that_it_cannot_take(frames: int, height: int, width: int, message
         model.encode(torch.zeros(1, frames, 3, height, width))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"channel_multipliers": ()}, "shape.channel_multipliers must be at least 1"),
-        ({"z_channels": 0}, "shape.z_channels must be"),
-        (
-            {"attention_levels": (3,)},
-            r"attention_levels is \[3\]; channel_multipliers give the levels 0 to 2",
-        ),
-    ],
-)
-def test_shapes_that_cannot_be(change: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        replace(SHAPE, **change)  # type: ignore[arg-type]
-
-
 def test_bf16_gives_bf16_with_codes_in_fp32() -> None:
     model = small_autoencoder().bfloat16()
     model.quantizer.float()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from math import isqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from cantata.core.chat_sandbox import read_template
 from cantata.core.errors import ConfigError
 from cantata.models.aria.crops import Resampling
 from cantata.models.aria.hf import AriaLayout
 from cantata.models.aria.processor import AriaProcessor, TokenNames
+from cantata.models.chat_files import HubProcessor, find_template, stop_ids, token_names
 from cantata.models.chat_processor import load_tokenizer
 from cantata.models.hub import read_json
 
@@ -21,17 +21,7 @@ _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _IMAGE_KEYS = ("max_image_size", "min_image_size", "split_image")
 
 
-class HubProcessor(NamedTuple):
-    """What a published folder's files give."""
-
-    processor: AriaProcessor
-    no_images: str
-    """Why images cannot be read as the model learned them; empty where they can."""
-    notes: list[str]
-    """What the files leave open, and what stands for it."""
-
-
-def read_processor(directory: Path, layout: AriaLayout) -> HubProcessor:
+def read_processor(directory: Path, layout: AriaLayout) -> HubProcessor[AriaProcessor]:
     """The processor that transformers' files in `directory` describe.
 
     Images are split as Aria's authors do, where the files say that they are split.
@@ -47,12 +37,7 @@ def read_processor(directory: Path, layout: AriaLayout) -> HubProcessor:
         raise ConfigError(
             f"{directory}: images of {side} pixels have {patches} patches; the projector takes {known}"
         )
-    try:
-        template, notes = str(directory), list[str]()
-        source, _ = read_template(template)
-    except ConfigError:
-        template, source = None, ""
-        notes = [f"{directory} holds no chat template; conversations are ChatML, as Aria's"]
+    template, source, notes = find_template(directory, "ChatML, as Aria's")
     names = _token_names(directory, layout, load_tokenizer(str(directory)), source)
     try:
         processor = AriaProcessor(
@@ -98,12 +83,11 @@ def _image_settings(directory: Path, layout: AriaLayout) -> tuple[dict[str, Any]
 
 def _token_names(directory: Path, layout: AriaLayout, tokenizer: Tokenizer, template: str) -> TokenNames:
     """The special tokens, by the ids of the configs; those around an image as the template writes them."""
-    config = _optional(directory / "tokenizer_config.json")
+    names = token_names(directory)
     image = _spelt(tokenizer, layout.image_token_id, directory)
-    end = _name(config.get("eos_token")) or _spelt(tokenizer, layout.text.eos_token_id, directory)
-    pad = _name(config.get("pad_token")) or _spelt(tokenizer, layout.text.pad_token_id, directory)
-    stops = _optional(directory / "generation_config.json").get("eos_token_id")
-    others = [_spelt(tokenizer, stop, directory) for stop in stops] if isinstance(stops, list) else []
+    end = names.get("eos_token") or _spelt(tokenizer, layout.text.eos_token_id, directory)
+    pad = names.get("pad_token") or _spelt(tokenizer, layout.text.pad_token_id, directory)
+    others = [_spelt(tokenizer, stop, directory) for stop in stop_ids(directory)]
     message_end = next((name for name in others if name != end), "<|im_end|>")
     around = re.search(rf"(<[^<>]+>){re.escape(image)}(<[^<>]+>)", template)
     prefix, suffix = around.groups() if around else ("<fim_prefix>", "<fim_suffix>")
@@ -115,12 +99,3 @@ def _spelt(tokenizer: Tokenizer, token_id: Any, directory: Path) -> str:
     if name is None:
         raise ConfigError(f"{directory}: the tokenizer has no token of the id {token_id} that a config names")
     return str(name)
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def _name(value: Any) -> str | None:
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) else None

@@ -12,12 +12,12 @@ from cantata.core.errors import ConfigError
 from cantata.core.samples import Processor
 from cantata.core.types import Batch, ModelOutput
 from cantata.models.emu3.config import Emu3TextConfig
-from cantata.models.emu3.decoder import DecoderBlock
 from cantata.models.emu3.hf import Emu3Layout, read_hub_config
 from cantata.models.emu3.processor import Emu3Processor
 from cantata.models.lora import base_names
 from cantata.models.protocol import DecodingStep, Unit
 from cantata.nn.attention import PackedAttention
+from cantata.nn.decoder_block import DecoderBlock
 from cantata.nn.head import LanguageHead
 from cantata.nn.moe.layer import MoELayer
 from cantata.nn.rope import rotary_tables
@@ -29,7 +29,12 @@ class Decoder(nn.Module):
     def __init__(self, config: Emu3TextConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_hidden_layers))
+        sizes = (config.hidden_size, config.intermediate_size)
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        self.layers = nn.ModuleList(
+            DecoderBlock(*sizes, *heads, config.rms_norm_eps, config.dropout)
+            for _ in range(config.num_hidden_layers)
+        )
 
 
 class Emu3(nn.Module):

@@ -9,34 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from cantata.models.mllama.config import EXTRA_EMBEDDINGS, MllamaTextConfig
-from cantata.nn.attention import Attend
 from cantata.nn.cross_attention import CrossAttention, Reading
+from cantata.nn.decoder_block import DecoderBlock
 from cantata.nn.mlp import SwiGLU
 from cantata.nn.norm import RMSNorm
-from cantata.nn.rope import RotaryTables
 from cantata.nn.rows import take_rows
-from cantata.nn.self_attention import SelfAttention
-
-
-class SelfBlock(nn.Module):
-    """Attention to the text, then a gated MLP, each behind an RMSNorm and with a residual."""
-
-    def __init__(self, config: MllamaTextConfig) -> None:
-        super().__init__()
-        heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config.hidden_size, *heads)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-
-    def forward(self, x_TD: Tensor, tables: RotaryTables, attend: Attend) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), tables, attend)
-        y_TD: Tensor = self.mlp(self.post_attention_layernorm(x_TD))
-        return x_TD + y_TD
 
 
 class CrossBlock(nn.Module):
-    """The same for the tokens that read images, whose features stand in for the text's keys and values.
+    """Llama's block for the tokens that read images, whose features stand in for the text's keys and values.
 
     What it adds is scaled by the tanh of two learned numbers. A token that reads no image passes unchanged.
     """
@@ -68,7 +49,11 @@ class Decoder(nn.Module):
     def __init__(self, config: MllamaTextConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size + EXTRA_EMBEDDINGS, config.hidden_size)
+        sizes = (config.hidden_size, config.intermediate_size)
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.layers = nn.ModuleList(
-            CrossBlock(config) if index in config.cross_attention_layers else SelfBlock(config)
+            CrossBlock(config)
+            if index in config.cross_attention_layers
+            else DecoderBlock(*sizes, *heads, config.rms_norm_eps)
             for index in range(config.num_hidden_layers)
         )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from cantata.core.chat_sandbox import read_template
 from cantata.core.errors import ConfigError
+from cantata.models.chat_files import HubProcessor, find_template, stop_ids, token_names
 from cantata.models.chat_processor import load_tokenizer
 from cantata.models.hub import read_json
 from cantata.models.mllama.hf import MllamaLayout
@@ -34,28 +33,13 @@ _HEADER = re.compile(r"""['"](<[^<>]+>)['"]\s*\+\s*\w+\[['"]role['"]\]\s*\+\s*['
 """What a template writes around a role."""
 
 
-class HubProcessor(NamedTuple):
-    """What a published folder's files give."""
-
-    processor: MllamaProcessor
-    no_images: str
-    """Why images cannot be read as the model learned them; empty where they can."""
-    notes: list[str]
-    """What the files leave open, and what stands for it."""
-
-
-def read_processor(directory: Path, layout: MllamaLayout) -> HubProcessor:
+def read_processor(directory: Path, layout: MllamaLayout) -> HubProcessor[MllamaProcessor]:
     """The processor that transformers' files in `directory` describe.
 
     Raises `ConfigError` where there is no tokenizer, it lacks a token, or images are cut otherwise than the
     model's.
     """
-    try:
-        template, notes = str(directory), list[str]()
-        source, _ = read_template(template)
-    except ConfigError:
-        template, source = None, ""
-        notes = [f"{directory} holds no chat template; conversations are as Llama 3's"]
+    template, source, notes = find_template(directory, "as Llama 3's")
     names = _token_names(directory, layout, load_tokenizer(str(directory)), source)
     vision = layout.vision
     size, patch = (vision.image_size, vision.patch_size) if vision is not None else TEXT_ALONE_TILE
@@ -100,34 +84,22 @@ def _no_images(directory: Path, layout: MllamaLayout) -> str:
 
 def _token_names(directory: Path, layout: MllamaLayout, tokenizer: Tokenizer, template: str) -> TokenNames:
     """The special tokens, as the configs and the template spell them, else as the authors do."""
-    config = _optional(directory / "tokenizer_config.json")
-    extra = config.get("extra_special_tokens")
-    given = config | (extra if isinstance(extra, dict) else {})
-    end = _name(given.get("eos_token")) or PUBLISHED.document_end
-    stops = _optional(directory / "generation_config.json").get("eos_token_id")
-    spelt = [tokenizer.id_to_token(stop) for stop in stops] if isinstance(stops, list) else []
+    given = token_names(directory)
+    end = given.get("eos_token") or PUBLISHED.document_end
+    spelt = [tokenizer.id_to_token(stop) for stop in stop_ids(directory)]
     # An instructed model's eos_token is the end of a turn, and the end of a document one of its other stops.
     if end == PUBLISHED.message_end:
         end = PUBLISHED.document_end
     turn_ends = [name for name in spelt if name is not None and name != end]
     message_end = PUBLISHED.message_end if PUBLISHED.message_end in turn_ends else next(iter(turn_ends), None)
     header = _HEADER.search(template)
-    image = tokenizer.id_to_token(layout.image_token_id) or _name(given.get("image_token"))
+    image = tokenizer.id_to_token(layout.image_token_id) or given.get("image_token")
     return TokenNames(
         image=image or PUBLISHED.image,
-        begin=_name(given.get("bos_token")) or PUBLISHED.begin,
+        begin=given.get("bos_token") or PUBLISHED.begin,
         header_start=header[1] if header else PUBLISHED.header_start,
         header_end=header[2] if header else PUBLISHED.header_end,
         message_end=message_end or PUBLISHED.message_end,
         document_end=end,
-        pad=_name(given.get("pad_token")) or PUBLISHED.pad,
+        pad=given.get("pad_token") or PUBLISHED.pad,
     )
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def _name(value: Any) -> str | None:
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) else None

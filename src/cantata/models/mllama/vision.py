@@ -66,8 +66,9 @@ class TileLayout:
         # Keys image by image: the place of each of its positions.
         k, v = take_rows(k_XHh, self.back_X), take_rows(v_XHh, self.back_X)
         if len(q_XHh) == self.num_real:
-            return self._attend_real(q_XHh, k, v)
-        real, padding = q_XHh.split((self.num_real, len(q_XHh) - self.num_real))
+            kept: Tensor = self._attend_real(q_XHh, k, v)
+            return kept
+        real, padding = torch.split(q_XHh, [self.num_real, len(q_XHh) - self.num_real])
         read = (k_XHh[: self.num_real], v_XHh[: self.num_real])
         return torch.cat((self._attend_real(real, k, v), self._attend_padding(padding, *read)))
 

@@ -79,7 +79,7 @@ def unpack(codes: Tensor, scales: Tensor, dtype: torch.dtype, packing: Packing) 
     else:
         state.code = _even_steps(codes.device)
         whole = library.dequantize_blockwise(codes, state)
-    return whole
+    return whole.view(-1)
 
 
 @cache
