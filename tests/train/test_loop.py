@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from cantata.parallel.recompute import Recompute
 from cantata.train.config import LanguageTrainConfig
 from cantata.train.engine import Loss
 from cantata.train.loop import Progress, StepResult, fit
+from cantata.train.watchdog import Watchdog
 
 CONFIG = LanguageTrainConfig(
     max_steps=3,
@@ -33,6 +35,7 @@ CONFIG = LanguageTrainConfig(
     neftune_alpha=0.0,
     recompute=Recompute.none,
     compile=False,
+    hang_seconds=None,
 )
 
 
@@ -112,6 +115,7 @@ def run(
         [recorder, *settings.pop("listeners", [])],
         start or Progress(),
         stop,
+        settings.pop("watchdog", Watchdog(None, Path(), 0)),
     )
     return end, recorder.results
 

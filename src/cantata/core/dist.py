@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple, overload
 
 import torch
@@ -54,8 +55,11 @@ def find_process(environment: Mapping[str, str] = os.environ) -> Process:
 
 
 @contextmanager
-def distributed() -> Iterator[Process]:
+def distributed(patience: float | None = None) -> Iterator[Process]:
     """The process group for the duration of a run: gloo for CPU tensors, NCCL for CUDA ones.
+
+    `patience`: seconds that a rank waits for the others, to start and in each collective of this group, until
+    it fails; None leaves it to torch.
 
     A run that fails leaves its group standing: taking it down waits for peers, and they
     learn of the failure from the closed connection or from their launcher.
@@ -67,7 +71,7 @@ def distributed() -> Iterator[Process]:
     os.environ.update(_exported(process))
     clean = False
     try:
-        _start(process)
+        _start(process, patience)
         yield process
         barrier()
         clean = True
@@ -141,7 +145,7 @@ def gather_strings(text: str) -> list[str]:
     return texts
 
 
-def _start(process: Process) -> None:
+def _start(process: Process, patience: float | None) -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
@@ -158,7 +162,8 @@ def _start(process: Process) -> None:
         return
     if process.master_addr is None or process.master_port is None:
         raise ConfigError("MASTER_ADDR and MASTER_PORT are not set; start several processes with a launcher")
-    dist.init_process_group(backend, rank=process.rank, world_size=process.world_size)
+    timeout = None if patience is None else timedelta(seconds=patience)
+    dist.init_process_group(backend, timeout=timeout, rank=process.rank, world_size=process.world_size)
 
 
 def _exported(process: Process) -> dict[str, str]:

@@ -29,7 +29,7 @@ def serve_the_trainer(worker: int) -> None:
 
 def leave_signals_to_the_trainer() -> None:
     # A signal to the whole job asks the trainer to save and stop; it still needs its workers for that.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -21,6 +21,7 @@ from cantata.train.engine import Engine, Objective
 from cantata.train.metrics import Record, StepSums
 from cantata.train.preempt import StopRequest
 from cantata.train.schedule import Schedule
+from cantata.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def fit(
     listeners: list[Listener],
     start: Progress,
     stop: StopRequest,
+    watchdog: Watchdog,
 ) -> Progress:
     """Train from `start` to `config.max_steps`, until a signal asks to stop or a listener calls it enough.
 
@@ -80,6 +82,7 @@ def fit(
     progress = start
     while progress.step < config.max_steps and not stop.enough:
         started = time.perf_counter()
+        watchdog.beat()
         micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
         data_seconds = time.perf_counter() - started
 
@@ -90,12 +93,14 @@ def fit(
             part = engine.forward_backward(batch, objective, totals, last=index == len(micro_batches))
             sums.add(part)
             own_losses.append(part["loss_sum"])
+            watchdog.beat()
         grad_norm = engine.gradient_norm(config.clip_grad_norm)
         sums.add({"stop": torch.tensor(float(stop.received), device=dist.device())})
         reduced = sums.reduced()
         check_finite(reduced["loss_sum"].item(), grad_norm, micro_batches, own_losses, progress.step + 1)
         factor = schedule(progress.step, config.max_steps)
         engine.step(factor)
+        watchdog.rest()
 
         progress = progress.after(totals)
         seconds = time.perf_counter() - started

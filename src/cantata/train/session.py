@@ -43,6 +43,7 @@ from cantata.train.preempt import StopRequest
 from cantata.train.progress import Console
 from cantata.train.stage import LanguageStage, Stage, base_identity, build_engine
 from cantata.train.startup import StartupReport
+from cantata.train.watchdog import Watchdog
 from cantata.train.window import Device, Window
 
 
@@ -78,7 +79,9 @@ def run_session(
     with deaths_told(), ExitStack() as closing, contextlib.closing(iter(loader)) as batches:
         checkpointer = Checkpointer(stage.out, stage.checkpoint, shape)
         closing.callback(checkpointer.close)
-        closing.enter_context(logging_to(stage.out))
+        log = closing.enter_context(logging_to(stage.out))
+        watchdog = Watchdog(stage.train.hang_seconds, log, dist.rank())
+        closing.callback(watchdog.close)
         history = closing.enter_context(History(stage.out))
         console = Console(dist.rank())
         closing.callback(console.close)
@@ -102,7 +105,8 @@ def run_session(
         telemetry = _telemetry(stage, window, sinks, console)
         own = _experts(stage, model, interval, peaks, start.step or None, console, closing)
         listeners: list[Listener] = [*own, evaluation, early, telemetry, saving]
-        end = fit(engine, objective, batches, build(stage.schedule), stage.train, listeners, start, stop)
+        schedule = build(stage.schedule)
+        end = fit(engine, objective, batches, schedule, stage.train, listeners, start, stop, watchdog)
         saving.save(end)
         saving.finish()
         _tell_drops(console, loader, held_out)
