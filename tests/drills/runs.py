@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,8 +47,24 @@ class Ranks:
             time.sleep(0.005)
 
     def wait_for_step(self, step: int) -> None:
-        """Until a metrics line tells of it."""
-        self.wait_for(lambda: any(line["step"] >= step for line in metrics(self.out)))
+        """Until these processes, and not those before them, have made it."""
+        told = re.compile(r"^step +(\d+)/", re.MULTILINE)
+        self.wait_for(lambda: any(int(number) >= step for number in told.findall(self.text())))
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Until it is complete: a save in the background takes its time."""
+        latest = self.out / "LATEST"
+        self.wait_for(lambda: latest.exists() and latest.read_text() == f"step-{step:08d}\n")
+
+    def block_save(self, step: int) -> None:
+        """Let the save of `step` stand still half-written, and with it, sooner or later, the run.
+
+        Opening a pipe that nobody reads blocks for ever. A start clears such leftovers before its report.
+        """
+        self.wait_for(lambda: "  devices " in self.text())
+        folder = self.out / "checkpoints" / f"step-{step:08d}.incomplete"
+        folder.mkdir(parents=True)
+        os.mkfifo(folder / "__0_0.distcp")
 
     def exit_codes(self, seconds: float = 300.0) -> list[int | None]:
         """Of ranks that end by themselves."""
@@ -104,13 +121,6 @@ def _rank_main(
     # As in a process that a user starts; here it would be the server's own.
     multiprocessing.set_start_method("fork", force=True)
     sys.exit(run(*arguments))
-
-
-def block_save(out: Path, step: int) -> None:
-    """Let the save of `step` stand still half-written: opening a pipe that nobody reads blocks for ever."""
-    folder = out / "checkpoints" / f"step-{step:08d}.incomplete"
-    folder.mkdir(parents=True)
-    os.mkfifo(folder / "__0_0.distcp")
 
 
 def assert_undisturbed(out: Path, whole: Path) -> None:

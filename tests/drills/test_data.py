@@ -73,7 +73,7 @@ def test_every_rank_names_the_rank_and_the_samples_that_were_not_finite() -> Non
 def test_a_killed_worker_is_one_line_and_leaves_no_process(tmp_path: Path, whole: Path) -> None:
     out = tmp_path / "run"
     with started(out, "data.num_workers=2") as run:
-        run.wait_for_step(4)
+        run.wait_for_step(1)
         workers = run.workers()
         assert len(workers) == 2
         workers[0].kill()

@@ -18,10 +18,6 @@ from tests.recipes.runner import metrics, pretrain
 from tests.recipes.test_bad_input import refusal
 
 
-def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own where this process may mount one; else a plain folder."""
@@ -65,9 +61,10 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_last_checkpoint(
     out = disk / "run"
     command = (*SETTINGS, f"checkpoint.background={background}")
     with started(out, f"checkpoint.background={background}") as run:
-        run.wait_for_step(4)
+        run.block_save(6)
+        run.wait_for_checkpoint(3)
         run.kill()
-    [kept] = (out / "checkpoints").iterdir()
+    kept = out / "checkpoints" / "step-00000003"
     shard = (kept / "__0_0.distcp").stat().st_size
     with full(disk, left=shard // 2) as reason:
         assert pretrain(out, *command) == 1

@@ -21,7 +21,6 @@ from torch import Tensor
 from cantata.core.errors import ConfigError, RunError
 
 _LOST_RANK = re.compile(r"(?i)connection (closed|reset) by peer|broken pipe|remote process exited")
-"""What gloo and NCCL say in the ranks that were talking with it."""
 
 
 class Process(NamedTuple):
@@ -76,9 +75,9 @@ def distributed(patience: float | None = None) -> Iterator[Process]:
         barrier()
         clean = True
     except RuntimeError as error:
-        if lost := _LOST_RANK.search(str(error)):
+        if lost := lost_rank(error):
             raise RunError(
-                f"another rank was lost ({lost[0]}); its log, its launcher or the kernel's log says why (out "
+                f"another rank was lost ({lost}); its log, its launcher or the kernel's log says why (out "
                 "of memory?); the same command goes on from the last checkpoint"
             ) from error
         raise
@@ -90,6 +89,12 @@ def distributed(patience: float | None = None) -> Iterator[Process]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def lost_rank(error: Exception) -> str:
+    """What gloo or NCCL say in short of a rank that is gone; empty where the error is another one."""
+    found = _LOST_RANK.search(str(error))
+    return found[0] if found else ""
 
 
 def rank() -> int:

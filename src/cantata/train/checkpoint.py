@@ -28,6 +28,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
+from cantata.core.dist import lost_rank
 from cantata.core.errors import CantataError, ConfigError, RunError
 from cantata.parallel.materialize import persistent_tensors
 from cantata.train import rng
@@ -259,7 +260,7 @@ class Checkpointer:
         try:
             sums, failure = write_tensors(self._files.incomplete(step), tensors, self._group)
         except RuntimeError as error:
-            raise RunError(f"checkpoint of step {step}: a rank was lost during the save ({error})") from error
+            raise RunError(f"checkpoint of step {step}: lost a rank ({lost_rank(error) or error})") from error
 
         def publish() -> None:
             if failure is None:

@@ -58,9 +58,13 @@ class _SummingFiles(FileSystem):
         try:
             with super().create_stream(path, mode) as file.stream:
                 yield file
-        except OSError as error:
-            where = f"{name}: {error.strerror} after {file.sum.size:,} bytes"
-            raise OSError(error.errno, where) from error
+        except (OSError, RuntimeError) as error:
+            # What torch makes of a failed write says nothing of the disk.
+            cause = file.failure or error
+            if not isinstance(cause, OSError):
+                raise
+            where = f"{name}: {cause.strerror} after {file.sum.size:,} bytes"
+            raise OSError(cause.errno, where) from error
         self._sums[name] = file.sum
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
@@ -75,9 +79,14 @@ class _SummedFile:
 
     def __init__(self) -> None:
         self.sum = FileSum(0, 0)
+        self.failure: OSError | None = None
 
     def write(self, content: Any) -> int:
-        written: int = self.stream.write(content)
+        try:
+            written: int = self.stream.write(content)
+        except OSError as error:
+            self.failure = error
+            raise
         self.sum = FileSum(self.sum.size + written, zlib.crc32(content, self.sum.crc32))
         return written
 
