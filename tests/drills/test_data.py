@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +17,8 @@ from torch import nn
 
 from cantata.core.errors import RunError
 from cantata.core.types import Batch, StepTotals
-from cantata.data.reading import Reader
+from cantata.data.order import Place
+from cantata.data.stall import Marks, StallWatch
 from cantata.train.engine import Loss
 from cantata.train.loop import check_finite
 from cantata.train.objectives import NextToken
@@ -95,16 +97,27 @@ def test_data_that_do_not_come_are_named(
     monkeypatch: pytest.MonkeyPatch,
     workers: int,
 ) -> None:
-    read, slept = Reader.read, set[int]()
+    reading, init, slept, told_once = Marks.reading, StallWatch.__init__, set[Any](), tmp_path / "told"
 
-    def slow(self: Reader, name: str, index: int, epoch: int = 0) -> Any:
-        """The first training sample that a process reads takes its time."""
-        if self.key == "data.sources" and os.getpid() not in slept:
-            slept.add(os.getpid())
-            time.sleep(1.5)
-        return read(self, name, index, epoch)
+    @contextmanager
+    def slow(self: Marks, worker: int, place: Place) -> Iterator[None]:
+        """The first sample of an iteration does not come before that is told."""
+        with reading(self, worker, place):
+            if (os.getpid(), id(self)) not in slept:
+                slept.add((os.getpid(), id(self)))
+                told_once.unlink(missing_ok=True)
+                wait_for(told_once.exists)
+            yield
 
-    monkeypatch.setattr(Reader, "read", slow)
+    def noting(self: StallWatch, seconds: float | None, marks: Marks, warn: Callable[[str], None]) -> None:
+        def note(line: str) -> None:
+            warn(line)
+            told_once.touch()
+
+        init(self, seconds, marks, note)
+
+    monkeypatch.setattr(StallWatch, "__init__", noting)
+    monkeypatch.setattr(Marks, "reading", slow)
     out = tmp_path / "run"
     stalled = (f"data.num_workers={workers}", "data.stall_warning=0.4")
     assert pretrain(out, *SETTINGS, *stalled) == 0
@@ -113,3 +126,10 @@ def test_data_that_do_not_come_are_named(
     line = rf"(warning: |  )no training batch for \S+ s: {who} has been reading sample \w+:\d+ for \S+ s"
     assert any(re.fullmatch(line, one) for one in told), told
     assert_undisturbed(out, whole)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.02)

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
+
 from cantata.core.errors import ConfigError, RunError
 
 
@@ -50,6 +52,10 @@ def let_go(iterators: Sequence[Any]) -> None:
     workers = [worker for one in iterators for worker in one._workers]
     if all(worker.is_alive() for worker in workers):
         return
+    for one in iterators:
+        # Or torch's handler would take their end for another death, and raise wherever the trainer stands.
+        _remove_worker_pids(id(one))
+        one._worker_pids_set = False
     for worker in workers:
         worker.kill()
     for one in iterators:
