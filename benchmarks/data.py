@@ -184,6 +184,7 @@ def packing_efficiency(items: Sequence[Item], rows: int) -> float:
         window=32,
         num_workers=0,
         prefetch=1,
+        stall_warning=None,
         rank=0,
         world_size=1,
     )

@@ -23,7 +23,7 @@ def main(node: DictConfig) -> int:
     model = build_model(stage)
     objective = build_objective(stage, model)
     loader, held_out = build_data(stage, model)
-    with distributed():
+    with distributed(stage.train.patience):
         probe = caption_probe(model, held_out, stage.out)
         return run_session(stage, "pretrain", model, objective, loader, held_out, resolved(node), probe)
 

@@ -23,7 +23,7 @@ def main(node: DictConfig) -> int:
     validate(stage.mesh, find_process().world_size)
     model = build_model(stage)
     loader, held_out = build_image_data(stage, model)
-    with distributed():
+    with distributed(stage.train.patience):
         objective, critic = build_objective(stage, model)
         probe = Reconstructions(held_out, stage.out)
         return run_session(stage, "vq", model, objective, loader, held_out, resolved(node), probe, critic)

@@ -43,6 +43,7 @@ VERBS = {
     "export": Verb("Write a checkpoint as a Hugging Face folder.", module="cantata.tools.export"),
     "generate": Verb("Let a model answer prompts with images.", module="cantata.tools.generate"),
     "probe": Verb("What a frozen image encoder knows of held-out images.", module="cantata.tools.probe"),
+    "report": Verb("Runs as one page, alone or side by side.", module="cantata.tools.report.command"),
     "demo": Verb(
         "A small Aria, pretrained, fine-tuned, adapted and asked, in minutes.", module="cantata.tools.demo"
     ),

@@ -7,7 +7,7 @@ import torch
 
 from cantata.core import dist
 from cantata.core.dist import Process, distributed, find_process
-from cantata.core.errors import ConfigError
+from cantata.core.errors import ConfigError, RunError
 from tests.distributed.spawn import run_ranks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -80,6 +80,14 @@ def test_a_failure_in_one_process_takes_the_group_down() -> None:
     with pytest.raises(ZeroDivisionError), distributed():
         1 / 0  # noqa: B018
     assert not torch.distributed.is_initialized()
+
+
+def test_a_lost_rank_is_one_line_and_other_errors_stay() -> None:
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:3")
+    with pytest.raises(RunError, match=r"another rank was lost \(Connection closed by peer\)"), distributed():
+        raise lost
+    with pytest.raises(RuntimeError, match="shapes"), distributed():
+        raise RuntimeError("shapes cannot be multiplied")
 
 
 def test_collectives_without_a_group_are_the_identity() -> None:

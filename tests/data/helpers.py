@@ -115,6 +115,7 @@ def letters_loader(sources: dict[str, Source], **changes: Any) -> Loader:
         "window": 4,
         "num_workers": 0,
         "prefetch": 2,
+        "stall_warning": None,
         "rank": 0,
         "world_size": 1,
     }

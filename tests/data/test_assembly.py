@@ -30,6 +30,7 @@ def config(**changes: Any) -> DataConfig:
     return DataConfig(
         num_workers=0,
         prefetch=2,
+        stall_warning=None,
         streams=2,
         window=8,
         weight_unit=WeightUnit.samples,

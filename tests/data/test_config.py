@@ -23,6 +23,7 @@ def config(**changes: Any) -> DataConfig:
     settings = {
         "num_workers": 0,
         "prefetch": 1,
+        "stall_warning": None,
         "streams": 1,
         "window": 1,
         "weight_unit": WeightUnit.samples,
@@ -33,7 +34,9 @@ def config(**changes: Any) -> DataConfig:
     return DataConfig(**(settings | changes))
 
 
-@pytest.mark.parametrize("change", [{"num_workers": -1}, {"prefetch": 0}, {"streams": 0}, {"window": 0}])
+@pytest.mark.parametrize(
+    "change", [{"num_workers": -1}, {"prefetch": 0}, {"streams": 0}, {"window": 0}, {"stall_warning": 0}]
+)
 def test_numbers_out_of_range(change: dict[str, int]) -> None:
     [key] = change
     with pytest.raises(ConfigError, match=rf"data\.{key}="):

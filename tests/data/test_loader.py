@@ -82,7 +82,7 @@ def test_resume_is_exact(workers: int, interrupted: int) -> None:
 def test_resume_of_real_samples_with_images() -> None:
     def loader(workers: int) -> Loader:
         settings = {"seed": 3, "sequence_length": 512, "micro_batch_size": 2, "streams": 4, "window": 16}
-        place = {"num_workers": workers, "prefetch": 2, "rank": 0, "world_size": 1}
+        place = {"num_workers": workers, "prefetch": 2, "stall_warning": None, "rank": 0, "world_size": 1}
         return Loader(embedded_sources(), PackedCollator(mini_processor()), **settings, **place)
 
     whole = taken(loader(0), 6)
@@ -271,7 +271,7 @@ def test_worker_errors_arrive_as_one_line(workers: int) -> None:
 def test_a_killed_worker_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands in for a real kill, after which torch's signal handler raises wherever the trainer is."""
 
-    def dying(self: Loader, streams: list[int]) -> Iterator[object]:
+    def dying(self: Loader, *_: object) -> Iterator[object]:
         raise error
         yield
 

@@ -69,13 +69,11 @@ def _run(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float) ->
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        port = _free_port()
+        port = free_port()
         # Pickled here, because multiprocessing would hand tensors over one by one as open files.
         call = pickle.dumps((fn, args))
         ranks: list[BaseProcess] = [
-            context.Process(
-                target=_rank_main, args=(_Parent(), call, rank, world_size, port, folder, timeout)
-            )
+            context.Process(target=_rank_main, args=(Parent(), call, rank, world_size, port, folder, timeout))
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -87,7 +85,7 @@ def _run(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float) ->
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world_size)]
 
 
-class _Parent:
+class Parent:
     """What a rank would inherit if it were forked from here: the environment and where output goes."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,7 +99,7 @@ class _Parent:
 
 
 def _rank_main(
-    parent: _Parent,
+    parent: Parent,
     call: bytes,
     rank: int,
     world_size: int,
@@ -182,7 +180,7 @@ def _report(folder: Path, exit_codes: list[int | None], timed_out: bool, timeout
     return "\n".join(lines)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

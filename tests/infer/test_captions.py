@@ -8,8 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from cantata.data.collate import PackedCollator
@@ -61,6 +63,11 @@ def test_each_image_is_captioned_from_its_pixels_alone(tmp_path: Path) -> None:
     assert [record["sample"] for record in records] == list(documents)
     assert len(records) == COUNT
     assert all(record["truth"] in documents[record["sample"]].parts for record in records)
+    for record in records:
+        [name] = record["images"]
+        [image] = [part for part in documents[record["sample"]].parts if isinstance(part, Image.Image)]
+        with Image.open(tmp_path / "samples" / name) as kept:
+            assert np.array_equal(np.asarray(kept), np.asarray(image)), "64 pixels need no thumbnail"
     # What the model was shown first is the same tokens for every image, so no truth among them.
     prompts = torch.split(batches[0].input_ids_T, batches[0].samples.lengths)
     assert all(torch.equal(prompt, prompts[0]) for prompt in prompts)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from cantata import cli
 from cantata.core.locate import recipes_dir
+from cantata.train.preempt import SIGNALS
 from cantata.train.restricted_pickle import RestrictedReader
 
 TINY = (
@@ -80,12 +81,11 @@ SMALL_EMA = ("model.quantizer.num_codes=32", "model.quantizer.dim=4")
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    handlers = [signal.getsignal(number) for number in numbers]
+    handlers = [signal.getsignal(number) for number in SIGNALS]
     try:
         yield
     finally:
-        for number, handler in zip(numbers, handlers, strict=True):
+        for number, handler in zip(SIGNALS, handlers, strict=True):
             signal.signal(number, handler)
 
 
@@ -145,10 +145,15 @@ def start(
     tiny: Sequence[str] | None = None,
 ) -> subprocess.Popen[str]:
     """Start a recipe with one thread a process."""
+    return start_process([sys.executable, *launcher, *command(out, *overrides, stage=stage, tiny=tiny)])
+
+
+def start_process(arguments: Sequence[str], **variables: str) -> subprocess.Popen[str]:
+    """Start a program with one thread a process; more variables of the environment by name."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HYDRA_FULL_ERROR": "0"}
     return subprocess.Popen(
-        [sys.executable, *launcher, *command(out, *overrides, stage=stage, tiny=tiny)],
-        env=environment,
+        arguments,
+        env=environment | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

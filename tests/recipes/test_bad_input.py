@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.recipes.runner import final, metrics, pretrain
+from tests.recipes.runner import metrics, pretrain
 
 
 def refusal(capfd: pytest.CaptureFixture[str]) -> str:
@@ -116,29 +115,3 @@ def test_a_sample_longer_than_the_context_is_dropped_or_an_error(
     assert pretrain(tmp_path / "raise", *own_data(path, too_long="raise"), "train.max_steps=1") == 1
     assert "own:1" in refusal(capfd)
     assert metrics(tmp_path / "drop")
-
-
-@pytest.mark.slow
-def test_a_disk_that_fills_up_in_a_save_leaves_the_last_checkpoint(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from torch.distributed.checkpoint import filesystem
-
-    out = tmp_path / "run"
-    settings = ("checkpoint.background=false", "checkpoint.every=2", "schedule=constant")
-    assert pretrain(out, *settings, "train.max_steps=2") == 0
-    kept = final(out)
-
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(filesystem, "_write_item", full)
-        assert pretrain(out, *settings, "train.max_steps=4") == 1
-    message = refusal(capfd)
-    assert "No space left on device" in message
-    assert "step-00000002" in message
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
-    assert final(out).keys() == kept.keys()
-    assert pretrain(out, *settings, "train.max_steps=4") == 0
-    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]

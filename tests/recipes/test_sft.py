@@ -45,7 +45,8 @@ def test_it_starts_from_an_exported_model_and_asks_before_the_first_step(
     assert "loss/image" in line
     assert "loss/text" not in line
     asked = [json.loads(text) for text in (out / "samples/step-00000001.jsonl").read_text().splitlines()]
-    assert [list(one) for one in asked] == [["sample", "truth", "answer", "right"]] * 2
+    assert [list(one) for one in asked] == [["sample", "truth", "answer", "right", "images"]] * 2
+    assert all((out / "samples" / one["images"][0]).is_file() for one in asked)
 
 
 def test_weights_must_be_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

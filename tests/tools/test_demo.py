@@ -11,13 +11,25 @@ from typing import Any
 import pytest
 from PIL import Image
 from rich.console import Console
+from rich.panel import Panel
 
 from cantata.core.errors import RunError
 from cantata.tools import demo
 from cantata.tools.demo import held_out_losses
 from cantata.tools.demo import show_captions as show
 from cantata.tools.demo_drawing import drawn_names
+from cantata.tools.demo_plan import (
+    ARTIST,
+    ENCORE,
+    MOVEMENTS,
+    TOKENIZER,
+    TRAINED,
+    WIDTH,
+    Movement,
+    opening,
+)
 from cantata.tools.prompts import read_prompts
+from tests.tools.report.runs import make_run
 
 LINES: list[dict[str, Any]] = [
     {"step": 1, "loss": 9.0, "eval/initial/loss": 8.75},
@@ -31,6 +43,16 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+def test_it_ends_with_a_page_of_each_run_and_of_all(tmp_path: Path) -> None:
+    for name in ("vq", "pretrain", "sft", "lora", "emu3"):
+        make_run(tmp_path / name)
+    text = io.StringIO()
+    demo.show_reports(Console(file=text, width=300), tmp_path)
+    assert f"report of all runs: {tmp_path / 'report.html'}; of each: " in text.getvalue()
+    assert "5 runs side by side" in (tmp_path / "report.html").read_text()
+    assert len(list(tmp_path.glob("*/report.html"))) == 5
 
 
 def caption(says: str) -> list[dict[str, Any]]:
@@ -122,7 +144,7 @@ def test_precision_is_what_multiplies_faster(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("fails", [None, "vq.py", "tokenize", "export", "lora.py"])
 def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failure(
-    fails: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands: list[list[str]] = []
 
@@ -136,25 +158,28 @@ def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failu
     monkeypatch.setattr(demo.subprocess, "run", run)
     monkeypatch.setattr(demo, "show_captions", lambda console, run: shown.append(run))
     monkeypatch.setattr(demo, "show_answers", lambda console, out, questions, answers: shown.append(answers))
+    monkeypatch.setattr(demo, "show_reports", lambda console, out: shown.append(out))
     monkeypatch.setattr(demo, "picture_of", lambda out, names: Image.new("RGB", (2, 2)))
     monkeypatch.setattr(demo, "faster_precision", lambda: "fp32")
     assert demo.main(["--out", str(tmp_path), "train.max_steps=20"]) == (75 if fails else 0)
+    announced = [line for line in capsys.readouterr().out.splitlines() if " of 6: " in line]
+    assert len(announced) == {None: 6, "vq.py": 1, "tokenize": 1, "export": 2, "lora.py": 4}[fails]
 
-    def trained(movement: demo.Movement, *given: str) -> list[str]:
-        folder, stage, experiment, own = movement
+    def trained(movement: Movement, *given: str) -> list[str]:
+        folder, stage, experiment, own, *_ = movement
         run = f"out={tmp_path / folder}"
         return [f"{stage}.py", f"experiment={experiment}", run, *own, *given, "train.max_steps=20"]
 
     weights = f"model.weights={tmp_path / 'pretrain-hf'}"
-    pretrain, *fine_tunes = demo.TRAINED
+    pretrain, *fine_tunes = TRAINED
     codes = tmp_path / "codes"
     expected = [
-        trained(demo.TOKENIZER),
+        trained(TOKENIZER),
         ["-m", "cantata", "tokenize", f"tokenizer={tmp_path / 'vq'}", f"out={codes}"],
         trained(pretrain, "engine.precision=fp32"),
         ["-m", "cantata", "export", str(tmp_path / "pretrain"), "--to", str(tmp_path / "pretrain-hf")],
         *(trained(movement, weights, "engine.precision=fp32") for movement in fine_tunes),
-        trained(demo.ARTIST, f"data.sources.draw.dataset.path={codes}", "engine.precision=fp32"),
+        trained(ARTIST, f"data.sources.draw.dataset.path={codes}", "engine.precision=fp32"),
     ]
     ends = {None: 7, "vq.py": 1, "tokenize": 2, "export": 4, "lora.py": 6}[fails]
     assert commands[:7] == expected[:ends]
@@ -164,7 +189,21 @@ def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failu
     assert [words[:3] for words in commands[7:]] == [["-m", "cantata", "generate"]] * 3
     assert commands[9].count("--prompt") == len(drawn_names())
     assert (tmp_path / "emoji.png").is_file()
-    assert shown == [tmp_path / "pretrain", dict.fromkeys(("sft", "lora"), ["Flags"] * demo.QUESTIONS)]
+    answers = dict.fromkeys(("sft", "lora"), ["Flags"] * demo.QUESTIONS)
+    assert shown == [tmp_path / "pretrain", answers, tmp_path]
+
+
+def test_the_first_screen_says_what_is_going_to_happen() -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=120)
+    console.print(Panel(opening(Path("outputs/[demo]")), width=WIDTH))
+    lines = [line.strip("│╭╮╰╯─ ") for line in text.getvalue().splitlines()]
+    shown = " ".join(lines)
+    words = ("1. vq", "2. pretrain", "3. sft", "4. lora", "5. pretrain", "6. generate", "outputs/[demo]")
+    assert all(word in shown for word in (*words, "About 9 minutes", "the same command"))
+    assert len(lines) <= 24
+    broken = [does for *_, does in (*MOVEMENTS, ENCORE) if not any(does in line for line in lines)]
+    assert broken == []
 
 
 def test_a_model_that_does_not_answer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

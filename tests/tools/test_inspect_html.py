@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
+from cantata.tools.html import data_url
 from cantata.tools.inspect import figures
 from cantata.tools.inspect_data import Inspection, Picture, Shown, Tally, Token
-from cantata.tools.inspect_html import data_url, page, visible
+from cantata.tools.inspect_html import page, visible
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 24, 3), dtype=np.uint8))
 EVIL = "</span><script>alert('x')</script>&\"'"

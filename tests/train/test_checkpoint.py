@@ -142,7 +142,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(
     folder = tmp_path / "checkpoints" / "step-00000002.incomplete"
     folder.mkdir()
     (folder / victim).symlink_to("/dev/full")
-    with pytest.raises(RunError, match=r"step 2 .*No space left on device.*step-00000001") as caught:  # noqa: PT012
+    told = rf"step 2 .*: {victim}: No space left on device.*step-00000001"
+    with pytest.raises(RunError, match=told) as caught:  # noqa: PT012
         checkpoints.save(2, engine(2), {}, {})
         assert background, "a blocking save must fail at once"
         wait([checkpoints._pending])
@@ -185,6 +186,70 @@ def test_a_damaged_shard_is_one_line(tmp_path: Path, checkpoints: Checkpointer) 
     with pytest.raises(RunError, match="cannot be read") as caught:
         checkpoints.load(path, engine(0))
     assert "\n" not in str(caught.value)
+
+
+def flip(path: Path) -> None:
+    """Turn one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path, config(keep=3), FINGERPRINT)
+    for step in (1, 2, 3):
+        checkpoints.save(step, engine(step), {}, {}, best=step == 3)
+    checkpoints.close()
+    folder = tmp_path / "checkpoints"
+    flip(folder / "step-00000003" / "__0_0.distcp")
+    (folder / "step-00000002" / "state.json").unlink()
+
+    again, told = Checkpointer(tmp_path, config(keep=3), FINGERPRINT), []
+    assert again.resume_from(told.append) == folder / "step-00000001"
+    assert names(tmp_path) == ["step-00000001", "step-00000002.damaged", "step-00000003.damaged"]
+    assert told == [
+        f"{folder / 'step-00000003'} is damaged (__0_0.distcp does not match its checksum): it is kept as "
+        "step-00000003.damaged, and the run goes on from step-00000001",
+        f"{folder / 'step-00000002'} is damaged (state.json is not there): it is kept as "
+        "step-00000002.damaged, and the run goes on from step-00000001",
+    ]
+    assert (tmp_path / "LATEST").read_text() == "step-00000001\n"
+    assert not (tmp_path / "BEST").exists()
+    again.save(2, engine(2), {}, {})
+    again.save(3, engine(3), {}, {})
+    again.close()
+    flip(folder / "step-00000003" / "state.json")
+    third = Checkpointer(tmp_path, config(keep=3), FINGERPRINT)
+    assert third.resume_from(told.append) == folder / "step-00000002"
+    assert "step-00000003.damaged1" in names(tmp_path)
+    third.close()
+
+
+def test_without_a_sound_checkpoint_nothing_is_touched(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path, config(), FINGERPRINT)
+    checkpoints.save(1, engine(1), {}, {})
+    checkpoints.close()
+    path = tmp_path / "checkpoints" / "step-00000001"
+    flip(path / "__0_0.distcp")
+    again = Checkpointer(tmp_path, config(), FINGERPRINT)
+    with pytest.raises(RunError, match=r"no sound checkpoint .*step-00000001: __0_0\.distcp does not match"):
+        again.resume_from()
+    again.close()
+    assert names(tmp_path) == ["step-00000001"]
+    elsewhere = Checkpointer(tmp_path / "new", config(resume=str(path)), FINGERPRINT)
+    with pytest.raises(RunError, match=r"checkpoint\.resume=.* is damaged \(__0_0\.distcp .*name another"):
+        elsewhere.resume_from()
+    elsewhere.close()
+
+
+def test_an_old_checkpoint_without_sums_is_used_and_said_to_be(tmp_path: Path) -> None:
+    checkpoints, told = Checkpointer(tmp_path, config(), FINGERPRINT), []
+    checkpoints.save(1, engine(1), {}, {})
+    path = tmp_path / "checkpoints" / "step-00000001"
+    (path / "checksums.json").unlink()
+    assert checkpoints.resume_from(told.append) == path
+    assert told == [f"{path} was saved without checksums by an older version: damage would not be seen"]
+    checkpoints.close()
 
 
 def test_resume_settings_that_do_not_fit(tmp_path: Path) -> None:

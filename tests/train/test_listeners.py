@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,10 @@ class Console:
     def __init__(self) -> None:
         self.logged: list[Any] = []
         self.saved: list[int] = []
+        self.warned: list[str] = []
+
+    def on_warning(self, text: str) -> None:
+        self.warned.append(text)
 
     def on_log(self, record: Mapping[str, Any]) -> None:
         self.logged.append(record)
@@ -125,7 +129,8 @@ class Checkpointer:
     def path(self, step: int) -> Path:
         return Path(f"step-{step}")
 
-    def resume_from(self) -> Path | None:
+    def resume_from(self, warn: Callable[[str], None]) -> Path | None:
+        warn("one is damaged")
         return self.path(max(self.documents)) if self.documents else None
 
     def keep_best(self, step: int) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from cantata.parallel.recompute import Recompute
 from cantata.train.config import LanguageTrainConfig
 from cantata.train.engine import Loss
 from cantata.train.loop import Progress, StepResult, fit
+from cantata.train.watchdog import Watchdog
 
 CONFIG = LanguageTrainConfig(
     max_steps=3,
@@ -32,6 +35,7 @@ CONFIG = LanguageTrainConfig(
     neftune_alpha=0.0,
     recompute=Recompute.none,
     compile=False,
+    hang_seconds=None,
 )
 
 
@@ -111,6 +115,7 @@ def run(
         [recorder, *settings.pop("listeners", [])],
         start or Progress(),
         stop,
+        settings.pop("watchdog", Watchdog(None, Path(), 0)),
     )
     return end, recorder.results
 
@@ -148,7 +153,10 @@ def test_a_finished_run_does_nothing() -> None:
 )
 def test_what_is_not_finite_stops_before_the_update_and_names_the_batch(loss: float, norm: float) -> None:
     engine = FakeEngine(loss, norm)
-    with pytest.raises(RunError, match=r"step 1: .*not both finite.*source:0; source:1"):
+    named = "loss is; the step's samples: source:0; source:1"
+    if not math.isfinite(loss):
+        named = f"loss sum {loss:g} on rank 0 in source:0; loss sum {loss:g} on rank 0 in source:1"
+    with pytest.raises(RunError, match=rf"step 1: .*not both finite \(.*{named}\)"):
         run(engine)
     assert not any(call[0] == "step" for call in engine.calls)
 

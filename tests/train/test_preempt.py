@@ -7,9 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cantata.train.preempt import StopRequest
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from cantata.train.preempt import SIGNALS, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +25,17 @@ def test_each_signal_is_noted_and_can_come_twice(number: signal.Signals) -> None
     for _ in range(2):
         signal.raise_signal(number)
         assert stop.received
+
+
+def test_one_that_a_launcher_held_back_is_not_lost() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+        stop = StopRequest()
+        assert stop.received
+        assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def test_control_c_still_interrupts() -> None:

@@ -21,10 +21,18 @@ except ConfigError as error:
 """
 
 
-def attempt(run_dir: Path) -> subprocess.CompletedProcess[str]:
-    """Take the lock from another process: locks of one process never conflict."""
+ASK = """
+import sys
+from pathlib import Path
+from cantata.train.run_lock import is_held
+sys.exit(int(is_held(Path(sys.argv[1]))))
+"""
+
+
+def attempt(run_dir: Path, code: str = TRY) -> subprocess.CompletedProcess[str]:
+    """Take the lock, or ask for it, from another process: locks of one process never conflict."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", TRY, str(run_dir)]
+    command = [sys.executable, "-c", code, str(run_dir)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -53,3 +61,13 @@ def test_a_forked_worker_that_outlives_the_run_does_not_hold_the_lock(tmp_path: 
     finally:
         os.close(write)
         os.waitpid(worker, 0)
+
+
+def test_asking_takes_nothing(tmp_path: Path) -> None:
+    assert attempt(tmp_path, ASK).returncode == 0, "no run was ever there"
+    lock = RunLock(tmp_path)
+    (tmp_path / ".lock").chmod(0o444)
+    assert attempt(tmp_path, ASK).returncode == 1
+    assert attempt(tmp_path, ASK).returncode == 1, "it is held still"
+    lock.release()
+    assert attempt(tmp_path, ASK).returncode == 0

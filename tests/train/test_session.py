@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 import pytest
 
 from cantata.train.fsdp2 import FSDP2Engine
+from cantata.train.history import FILE
 from tests.recipes.runner import pretrain
 
 
@@ -42,6 +44,9 @@ def test_a_failed_step_ends_the_workers(
     monkeypatch.setattr(FSDP2Engine, "forward_backward", fail)
     assert pretrain(tmp_path / "run", "data.num_workers=1") == 1
     assert "Planted" in capfd.readouterr().err
+    start, end = map(json.loads, (tmp_path / "run" / FILE).read_text().splitlines())
+    assert (start["event"], start["step"], start["origin"]) == ("start", 0, "from scratch")
+    assert (end["outcome"], end["error"], end["exit_code"]) == ("failed", "Planted: Planted", 1)
     assert started, "no worker was there to end"
     for worker in started:
         worker.join(timeout=20)

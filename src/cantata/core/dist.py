@@ -11,13 +11,16 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cantata.core.errors import ConfigError
+from cantata.core.errors import ConfigError, RunError
+
+_LOST_RANK = re.compile(r"(?i)connection (closed|reset) by peer|broken pipe|remote process exited")
 
 
 class Process(NamedTuple):
@@ -51,22 +54,33 @@ def find_process(environment: Mapping[str, str] = os.environ) -> Process:
 
 
 @contextmanager
-def distributed() -> Iterator[Process]:
+def distributed(patience: float | None = None) -> Iterator[Process]:
     """The process group for the duration of a run: gloo for CPU tensors, NCCL for CUDA ones.
+
+    `patience`: seconds that a rank waits for the others, to start and in each collective of this group, until
+    it fails; None leaves it to torch.
 
     A run that fails leaves its group standing: taking it down waits for peers, and they
     learn of the failure from the closed connection or from their launcher.
-    Raises `ConfigError` where the launcher's variables or the devices do not fit.
+    Raises `ConfigError` where the launcher's variables or the devices do not fit, and `RunError` where
+    another rank is lost.
     """
     process = find_process()
     inherited = {name: os.environ.get(name) for name in _exported(process)}
     os.environ.update(_exported(process))
     clean = False
     try:
-        _start(process)
+        _start(process, patience)
         yield process
         barrier()
         clean = True
+    except RuntimeError as error:
+        if lost := lost_rank(error):
+            raise RunError(
+                f"another rank was lost ({lost}); its log, its launcher or the kernel's log says why (out "
+                "of memory?); the same command goes on from the last checkpoint"
+            ) from error
+        raise
     finally:
         if dist.is_initialized() and (clean or process.world_size == 1):
             dist.destroy_process_group()
@@ -75,6 +89,12 @@ def distributed() -> Iterator[Process]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def lost_rank(error: Exception) -> str:
+    """What gloo or NCCL say in short of a rank that is gone; empty where the error is another one."""
+    found = _LOST_RANK.search(str(error))
+    return found[0] if found else ""
 
 
 def rank() -> int:
@@ -130,7 +150,7 @@ def gather_strings(text: str) -> list[str]:
     return texts
 
 
-def _start(process: Process) -> None:
+def _start(process: Process, patience: float | None) -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
@@ -147,7 +167,8 @@ def _start(process: Process) -> None:
         return
     if process.master_addr is None or process.master_port is None:
         raise ConfigError("MASTER_ADDR and MASTER_PORT are not set; start several processes with a launcher")
-    dist.init_process_group(backend, rank=process.rank, world_size=process.world_size)
+    timeout = None if patience is None else timedelta(seconds=patience)
+    dist.init_process_group(backend, timeout=timeout, rank=process.rank, world_size=process.world_size)
 
 
 def _exported(process: Process) -> dict[str, str]:

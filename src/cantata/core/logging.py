@@ -26,8 +26,8 @@ def get_logger(name: str) -> logging.Logger:
 
 
 @contextmanager
-def logging_to(run_dir: Path) -> Iterator[None]:
-    """Append to `run_dir/logs/rank-N.log`, and show rank 0's lines on the console.
+def logging_to(run_dir: Path) -> Iterator[Path]:
+    """Append to `run_dir/logs/rank-N.log`, which it yields, and show rank 0's lines on the console.
 
     A record logged with `extra={"shown": True}` goes to the file alone.
     Python warnings go the same way. An exception that leaves the block is written to the file
@@ -35,7 +35,8 @@ def logging_to(run_dir: Path) -> Iterator[None]:
     """
     folder = run_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(folder / f"rank-{rank()}.log")
+    path = folder / f"rank-{rank()}.log"
+    file = logging.FileHandler(path)
     file.setFormatter(logging.Formatter(_FORMAT))
     handlers: list[logging.Handler] = [file]
     if is_main():
@@ -44,7 +45,7 @@ def logging_to(run_dir: Path) -> Iterator[None]:
         handlers.append(on_console)
     _attach(handlers)
     try:
-        yield
+        yield path
     except BaseException as error:
         trace = (type(error), error, error.__traceback__)
         file.handle(

@@ -15,15 +15,22 @@ def repeated(make: Callable[[], T]) -> Generator[T, None, None]:
         yield make()
 
 
-def one_ahead(make: Callable[[], T]) -> Generator[T, None, None]:
+def nothing() -> None:
+    """What is done where nothing is."""
+
+
+def one_ahead(make: Callable[[], T], release: Callable[[], None] = nothing) -> Generator[T, None, None]:
     """What `make` gives, call after call, without end; an error comes when its turn does.
 
     The first is made at once in this thread, to which the processes that it starts then belong. Closing waits
-    for the one that is being made.
+    for the one that is being made, after it has called `release`, which may cut that short.
     """
     value = make()
     with ThreadPoolExecutor(1, "ahead") as thread:
-        while True:
-            following = thread.submit(make)
-            yield value
-            value = following.result()
+        try:
+            while True:
+                following = thread.submit(make)
+                yield value
+                value = following.result()
+        finally:
+            release()

@@ -99,6 +99,7 @@ def build_loader(
         window=config.window,
         num_workers=config.num_workers,
         prefetch=config.prefetch,
+        stall_warning=config.stall_warning,
         rank=rank,
         world_size=world_size,
     )
@@ -148,6 +149,7 @@ def build_image_loader(
         window=1,
         num_workers=config.num_workers,
         prefetch=config.prefetch,
+        stall_warning=config.stall_warning,
         rank=rank,
         world_size=world_size,
     )

@@ -62,6 +62,9 @@ class ImageDataConfig:
     """Processes of each rank that decode ahead; 0 decodes in the training process."""
     prefetch: int
     """Packed rows that each worker keeps ready."""
+    stall_warning: float | None
+    """Seconds that a rank waits for its next training batch before it says which sample is being read, and
+    again at twice the time and so on; null: it waits in silence."""
     streams: int
     """Independent sequences of samples that are packed apart; a multiple of every number of data-parallel
     ranks that the run may ever have, because each rank owns whole streams."""
@@ -74,6 +77,8 @@ class ImageDataConfig:
         for key, least in (("num_workers", 0), ("prefetch", 1), ("streams", 1)):
             if getattr(self, key) < least:
                 raise ConfigError(f"data.{key}={getattr(self, key)} must be at least {least}")
+        if self.stall_warning is not None and not self.stall_warning > 0:
+            raise ConfigError(f"data.stall_warning={self.stall_warning} must be above 0, or null for none")
         if not self.sources:
             raise ConfigError("data.sources is empty: name at least one source")
         for name, source in self.held_out.items():

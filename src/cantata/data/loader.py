@@ -11,7 +11,7 @@ used leaves no trace, and the state means the same for any number of ranks, work
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import copy
 from functools import partial
@@ -27,10 +27,11 @@ from cantata.core.types import MicroBatch, RowInfo
 from cantata.data.ahead import one_ahead, repeated
 from cantata.data.collate.base import Collator
 from cantata.data.drops import sum_drops, sum_reads
-from cantata.data.handover import DYING, Failure, arrived, died, leave_signals_to_the_trainer, unchanged
+from cantata.data.handover import DYING, Failure, arrived, died, let_go, serve_the_trainer, unchanged
 from cantata.data.order import BLOCK, Order
 from cantata.data.reading import Drop, Reader, Source
 from cantata.data.rows import RowMaker, check_states
+from cantata.data.stall import Marks, StallWatch
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Streams(IterableDataset[Any]):
         streams: numbers of these streams, in the order of their next rows.
         states: state of each of them, or None where it has not begun.
         window: samples a stream chooses from.
+        marks: take which sample is being read, by process `worker`.
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class Streams(IterableDataset[Any]):
         streams: Sequence[int],
         states: Sequence[Mapping[str, Any] | None],
         window: int,
+        marks: Marks,
+        worker: int,
     ) -> None:
         self._reader = reader
         self._collator = collator
@@ -65,6 +69,8 @@ class Streams(IterableDataset[Any]):
         self._streams = streams
         self._states = states
         self._window = window
+        self._marks = marks
+        self._worker = worker
 
     def __iter__(self) -> Iterator[Any]:
         try:
@@ -96,7 +102,8 @@ class Streams(IterableDataset[Any]):
 
     def _fetch(self, position: int) -> Sample | PixelSample | Drop:
         place = self._order.locate(position)
-        return self._reader.read(place.source, place.index, place.epoch)
+        with self._marks.reading(self._worker, place):
+            return self._reader.read(place.source, place.index, place.epoch)
 
 
 class Loader:
@@ -114,6 +121,7 @@ class Loader:
         window: samples that a stream chooses from.
         num_workers: processes that decode ahead; at most one for each stream of the rank is started.
         prefetch: rows that each of them keeps ready.
+        stall_warning: seconds without a batch after which `warn` hears of it; None: never.
         rank: this data-parallel rank.
         world_size: W.
 
@@ -132,6 +140,7 @@ class Loader:
         window: int,
         num_workers: int,
         prefetch: int,
+        stall_warning: float | None,
         rank: int,
         world_size: int,
     ) -> None:
@@ -150,6 +159,8 @@ class Loader:
         self._window = window
         self._num_workers = num_workers
         self._prefetch = prefetch
+        self._stall_warning = stall_warning
+        self.warn: Callable[[str], None] = log.warning  # hears of stalls, in a thread of its own
         self._rank = rank
         self._world_size = world_size
         self._rows = 0
@@ -159,10 +170,15 @@ class Loader:
 
     def __iter__(self) -> Generator[Any, None, None]:
         """Batches without end. Close it: workers ignore signals, and a process that has one does not exit."""
-        rows = self._ready_rows()
+        watch = StallWatch(self._stall_warning, Marks(self._num_workers, self.order.names), self.warn)
+        sources: list[Any] = []
+        rows = self._ready_rows(sources, watch)
         make = partial(self._make_batch, rows)
-        with closing(rows), closing(one_ahead(make) if self._num_workers else repeated(make)) as batches:
-            for taken, batch in batches:
+        ahead = one_ahead(make, partial(let_go, sources)) if self._num_workers else repeated(make)
+        with closing(rows), closing(ahead) as batches:
+            while True:
+                with watch.waiting():
+                    taken, batch = next(batches)
                 for info in taken:
                     self._states[info.stream] = info.state
                     self._tell_drops(info)
@@ -243,32 +259,34 @@ class Loader:
         infos = [row.info for row in taken if row.info is not None]
         return infos, self.collator.collate(taken, self._reader.sequence_length)
 
-    def _ready_rows(self) -> Generator[Any, None, None]:
-        """This rank's rows from the next one on."""
+    def _ready_rows(self, sources: list[Any], watch: StallWatch) -> Generator[Any, None, None]:
+        """This rank's rows from the next one on; `sources` holds what they come from, while they come."""
         first = self._rows + (self._rank - self._rows) % self._world_size
         streams = [
             row % self._num_streams for row in range(first, first + self._num_streams, self._world_size)
         ]
         workers = min(max(self._num_workers, 1), len(streams))
-        sources = [iter(self._prefetched(streams[worker::workers])) for worker in range(workers)]
+        shares = [streams[worker::workers] for worker in range(workers)]
         try:
-            for turn in count():
-                try:
-                    item = next(sources[turn % len(streams) % workers])
-                except DYING as error:
-                    if not self._num_workers:
-                        raise
-                    raise died(error) from error
-                yield arrived(item)
+            sources += (iter(self._prefetched(*share, watch.marks)) for share in enumerate(shares))
+            with watch.watching():
+                for turn in count():
+                    watch.worker = turn % len(streams) % workers
+                    try:
+                        item = next(sources[watch.worker])
+                    except DYING as error:
+                        if not self._num_workers:
+                            raise
+                        raise died(error) from error
+                    yield arrived(item)
         finally:
             # A traceback that is kept would keep the workers too, and with them the process.
             sources.clear()
 
-    def _prefetched(self, streams: Sequence[int]) -> DataLoader[Any]:
+    def _prefetched(self, worker: int, streams: Sequence[int], marks: Marks) -> DataLoader[Any]:
         states = [self._states.get(stream) for stream in streams]
-        dataset = Streams(
-            self._reader, self.collator, self.order, self._num_streams, streams, states, self._window
-        )
+        common = (self._reader, self.collator, self.order, self._num_streams)
+        dataset = Streams(*common, streams, states, self._window, marks, worker)
         has_worker = self._num_workers > 0
         return DataLoader(
             dataset,
@@ -278,5 +296,5 @@ class Loader:
             generator=torch.Generator(),
             num_workers=int(has_worker),
             prefetch_factor=self._prefetch if has_worker else None,
-            worker_init_fn=leave_signals_to_the_trainer,
+            worker_init_fn=serve_the_trainer,
         )

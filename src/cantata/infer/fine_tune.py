@@ -28,7 +28,7 @@ def fine_tune(stage: FineTuneStage, kind: str, resolved: Mapping[str, Any]) -> i
     model = build_model(stage)
     assert isinstance(model, LanguageModel)
     loader, held_out = build_data(stage, model)
-    with distributed():
+    with distributed(stage.train.patience):
         answers = Answers(stage.accuracy, held_out, stage.out, stage.train.tokens_per_micro_batch)
         objective = NextToken(model.balance)
         return run_session(stage, kind, model, objective, loader, held_out, resolved, answers)

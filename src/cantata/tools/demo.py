@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -22,48 +21,13 @@ from cantata.core.errors import RunError
 from cantata.core.locate import recipes_dir
 from cantata.tools.arguments import Parser
 from cantata.tools.demo_drawing import drawn_names, picture_of
+from cantata.tools.demo_plan import ENCORE, MOVEMENTS, WIDTH, Movement, announce, opening
 from cantata.tools.plan import read_stage
-
-PLAN = """\
-Small models go through their lives on the data inside this package. Nothing is downloaded; about ten \
-minutes on two CPU cores.
-
-  1. vq        an image tokenizer learns to write an emoji as 64 codes; then all become codes
-  2. pretrain  a small Aria (vision tower, projector, mixture-of-experts decoder) learns to name emoji
-  3. sft       it learns to say which group an emoji belongs to
-  4. lora      the pretrained model learns the same by adapters, its experts included
-  5. pretrain  a small Emu3 learns to draw emoji, code by code, after their names
-  6. generate  the Arias answer questions about emoji that they have not seen, and Emu3 draws
-
-Everything goes into [bold]{out}[/bold]. Stop it when you like: the same command goes on where it stopped."""
+from cantata.tools.report.command import FILE as REPORT
+from cantata.tools.report.command import write_report
+from cantata.train.humane import duration
 
 QUESTION, QUESTIONS = "Which group?", 8
-
-
-class Movement(NamedTuple):
-    """A training stage of the demo."""
-
-    folder: str
-    """Of its run, beside the others."""
-    stage: str
-    experiment: str
-    overrides: tuple[str, ...]
-
-
-# In so few steps the rate must stay high for as long as it can.
-SHORT = (
-    "train.max_steps=600",
-    "train.eval_every=600",
-    "schedule.warmup_steps=60",
-    "schedule.decay_steps=250",
-)
-TOKENIZER = Movement("vq", "vq", "emoji_vq", SHORT)
-TRAINED = (
-    Movement("pretrain", "pretrain", "aria_mini", ("train.max_steps=75", "train.eval_every=75")),
-    Movement("sft", "sft", "emoji_sft", ("train.max_steps=45", "train.eval_every=45")),
-    Movement("lora", "lora", "emoji_lora", ("train.max_steps=40", "train.eval_every=40")),
-)
-ARTIST = Movement("emu3", "pretrain", "emu3_mini", ("train.max_steps=400", "train.eval_every=400"))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,20 +37,25 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="more for each training, such as train.max_steps=20")
     arguments = parser.parse_args(argv)
     out, console = Path(arguments.out), Console()
-    console.print(Panel(PLAN.format(out=escape(str(out))), title="Cantata", width=min(console.width, 88)))
+    console.print(Panel(opening(out), title="Cantata", width=min(console.width, WIDTH)))
     precision = f"engine.precision={faster_precision()}"
     codes = (f"data.sources.draw.dataset.path={out / 'codes'}", precision)
     weights = (f"model.weights={out / 'pretrain-hf'}", precision)
     given = {"pretrain": (precision,), "sft": weights, "lora": weights, "emu3": codes}
-    for movement in (TOKENIZER, *TRAINED, ARTIST):
-        code = train(console, out, movement, (*given.get(movement.folder, ()), *arguments.overrides))
+    for number, movement in enumerate(MOVEMENTS, start=1):
+        announce(console, number, movement.stage, movement.minutes, movement.does)
+        began = time.monotonic()
+        code = train(out, movement, (*given.get(movement.folder, ()), *arguments.overrides))
         if code:
             return code
+        console.print(f"{movement.stage}: {duration(time.monotonic() - began)}, in {out / movement.folder}")
+    announce(console, len(MOVEMENTS) + 1, *ENCORE)
     show_captions(console, out / "pretrain")
     file, questions = write_questions(out / "questions")
     answers = {stage: ask(out / stage, file) for stage in ("sft", "lora")}
     show_answers(console, out, questions, answers)
     show_drawings(console, out)
+    show_reports(console, out)
     return 0
 
 
@@ -106,10 +75,9 @@ def faster_precision() -> str:
     return min(seconds, key=lambda name: seconds[name])
 
 
-def train(console: Console, out: Path, movement: Movement, overrides: Sequence[str]) -> int:
+def train(out: Path, movement: Movement, overrides: Sequence[str]) -> int:
     """One movement, and what others need of it: the tokenizer's codes, the pretrained model's folder."""
-    folder, stage, experiment, own = movement
-    console.rule(f"[bold]{stage}[/bold] {experiment}", align="left")
+    folder, stage, experiment, own, *_ = movement
     run = out / folder
     arguments = [f"experiment={experiment}", f"out={run}", *own, *overrides]
     code = subprocess.run(
@@ -189,6 +157,17 @@ def show_drawings(console: Console, out: Path) -> None:
         f"drawn by name, the real emoji above each: {sheet} ({', '.join(names)}; the last half unseen)",
         highlight=False,
         markup=False,
+    )
+
+
+def show_reports(console: Console, out: Path) -> None:
+    """A page of each run, and one of all side by side."""
+    runs = [out / movement.folder for movement in MOVEMENTS]
+    for run in runs:
+        write_report([run])
+    _, page = write_report(runs, out / REPORT)
+    console.print(
+        f"report of all runs: {page}; of each: {runs[0] / REPORT}, ...", highlight=False, markup=False
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cantata.core.build import build
 from cantata.core.config import read_config
-from cantata.core.errors import ConfigError
+from cantata.core.errors import ConfigError, RunError
 from cantata.core.schema import convert
 from cantata.data.code_origin import CodeOrigin
 from cantata.models.lora import LoRAConfig, apply_lora
@@ -19,6 +19,7 @@ from cantata.models.protocol import HubLayout, ImageTokenizer, LanguageModel, Pa
 from cantata.parallel.materialize import Source, persistent_tensors
 from cantata.train.adapter import BaseIdentity
 from cantata.train.checkpoint_files import CheckpointFiles, is_complete, read_state
+from cantata.train.checkpoint_sums import damage
 from cantata.train.checkpoint_tensors import StoredTensors, differences
 from cantata.train.learned_codes import KEPT
 from cantata.train.stage import base_values
@@ -86,9 +87,11 @@ def open_run(checkpoint: Path) -> OpenRun:
 
     Raises:
         ConfigError: no complete checkpoint, no usable `config.yaml` beside it, or one of another model.
-        RunError: the checkpoint's index is damaged.
+        RunError: the checkpoint does not match its checksums, or its index is damaged.
     """
     path = find_checkpoint(checkpoint)
+    if problem := damage(path):
+        raise RunError(f"{path} is damaged ({problem}); take another checkpoint of the run")
     source = path.parent.parent / "config.yaml"
     if not source.is_file():
         raise ConfigError(f"{path}: the model is described in {source}, which is not there; put it back")

@@ -27,7 +27,7 @@ from cantata.core.schema import slot
 from cantata.data.assembly import build_sources
 from cantata.data.collate.pixels import ImageCollator
 from cantata.data.config import ImageDataConfig
-from cantata.data.handover import DYING, Failure, arrived, died, leave_signals_to_the_trainer, unchanged
+from cantata.data.handover import DYING, Failure, arrived, died, serve_the_trainer, unchanged
 from cantata.data.reading import Drop, Reader
 from cantata.data.tokenized import MANIFEST, SCHEMA, read_manifest
 from cantata.models.protocol import ImageTokenizer
@@ -185,7 +185,7 @@ def _read(reader: Reader, shard: Shard, data: ImageDataConfig) -> Generator[tupl
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch if has_workers else None,
             multiprocessing_context="fork" if has_workers else None,
-            worker_init_fn=leave_signals_to_the_trainer,
+            worker_init_fn=serve_the_trainer,
         )
     )
     try:

@@ -4,6 +4,8 @@ checkpoints/step-00000100.incomplete/    while it is written
 checkpoints/step-00000100/               afterwards: the rename is the moment it counts
     .metadata, __0_0.distcp, ...         tensors (torch.distributed.checkpoint)
     state.json                           everything else
+    checksums.json                       size and CRC-32 of each of these files
+checkpoints/step-00000100.damaged/       what no longer matched them when a run wanted to go on from it
 LATEST                                   name of the newest one, for people and scripts
 BEST                                     name of the one that `checkpoint.best` asks for
 """
@@ -11,10 +13,12 @@ BEST                                     name of the one that `checkpoint.best` 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,23 +26,24 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from cantata.core.dist import lost_rank
 from cantata.core.errors import CantataError, ConfigError, RunError
 from cantata.parallel.materialize import persistent_tensors
 from cantata.train import rng
 from cantata.train.best import BestConfig
 from cantata.train.checkpoint_files import CheckpointFiles, is_complete, read_state
+from cantata.train.checkpoint_sums import damage_seen_by_any
 from cantata.train.checkpoint_tensors import differences, reason
+from cantata.train.checkpoint_writing import copy_to_host, write_tensors, writer_thread
 from cantata.train.engine import Engine
 from cantata.train.restricted_pickle import RestrictedReader, tensor_shapes
 from cantata.train.run_lock import RunLock
 
 # A rank waits for the slowest disk among all ranks, and nothing trains less for it.
 _TIMEOUT = timedelta(hours=2)
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -63,13 +68,6 @@ class CheckpointConfig:
             raise ConfigError(f"checkpoint.every={self.every} must be 0 or a number of steps")
         if self.keep < 1:
             raise ConfigError(f"checkpoint.keep={self.keep} must be at least 1")
-
-
-def _writer() -> ThreadPoolExecutor:
-    """One thread, on this rank's device: a new thread starts on device 0, which may be another rank's."""
-    if not torch.cuda.is_available():
-        return ThreadPoolExecutor(1, "checkpoint")
-    return ThreadPoolExecutor(1, "checkpoint", torch.cuda.set_device, (torch.cuda.current_device(),))
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -97,7 +95,7 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._files = CheckpointFiles(run_dir)
         self._lock: RunLock | None = None
-        self._writer = _writer()
+        self._writer = writer_thread()
         self._pending: Future[None] | None = None
         self._last_step: int | None = None
         self._on_main(self._open)
@@ -124,12 +122,31 @@ class Checkpointer:
         """The newest complete checkpoint of the run directory."""
         return self._on_main(self._files.newest)
 
-    def resume_from(self) -> Path | None:
-        """The checkpoint that `checkpoint.resume` asks for; None starts anew."""
-        newest = self.latest()
-        if newest is not None or self._config.resume in ("auto", "never"):
-            return newest
-        return Path(self._config.resume)
+    def resume_from(self, warn: Callable[[str], None] = log.warning) -> Path | None:
+        """The checkpoint that `checkpoint.resume` asks for, compared with its sums; None starts anew.
+
+        Where an older one is sound, damaged ones of this directory are set aside, and rank 0 warns.
+        Raises `RunError` where none is sound, or not the one asked for by its path.
+        """
+        damaged: dict[Path, str] = {}
+        for path in self._on_main(self._files.newest_first):
+            problem = damage_seen_by_any(path, self._group)
+            if not problem:
+                lines = self._on_main(partial(self._files.set_aside, damaged, path))
+                for line in lines if self._rank == 0 else ():
+                    warn(line)
+                return path
+            damaged[path] = problem
+        if damaged:
+            listed = "; ".join(f"{path}: {problem}" for path, problem in damaged.items())
+            advice = "nothing was changed: put the files back, or start anew with another out="
+            raise RunError(f"no sound checkpoint is left to go on from ({listed}); {advice}")
+        if self._config.resume in ("auto", "never"):
+            return None
+        asked = Path(self._config.resume)
+        if problem := damage_seen_by_any(asked, self._group):
+            raise RunError(f"checkpoint.resume={asked} is damaged ({problem}); name another checkpoint")
+        return asked
 
     def keep_best(self, step: int) -> bool:
         """Name that of `step` in `BEST`; False where it is not in this directory."""
@@ -169,7 +186,7 @@ class Checkpointer:
             "extra": dict(extra),
         }
         if self._config.background:
-            self._pending = self._writer.submit(self._write, step, _copy_to_host(tensors), document, best)
+            self._pending = self._writer.submit(self._write, step, copy_to_host(tensors), document, best)
         else:
             self._write(step, tensors, document, best)
         self._last_step = step
@@ -240,18 +257,14 @@ class Checkpointer:
             raise ConfigError(f"checkpoint.resume={resume} is not a complete checkpoint")
 
     def _write(self, step: int, tensors: dict[str, Any], document: dict[str, Any], best: bool) -> None:
-        folder = self._files.incomplete(step)
-        failure: str | None = None
         try:
-            save_tensors(tensors, storage_writer=FileSystemWriter(folder), process_group=self._group)
-        except CheckpointException as error:
-            failure = reason(error)
+            sums, failure = write_tensors(self._files.incomplete(step), tensors, self._group)
         except RuntimeError as error:
-            raise RunError(f"checkpoint of step {step}: a rank was lost during the save ({error})") from error
+            raise RunError(f"checkpoint of step {step}: lost a rank ({lost_rank(error) or error})") from error
 
         def publish() -> None:
             if failure is None:
-                self._files.publish(step, document, self._config.keep, best=best)
+                self._files.publish(step, document, sums, self._config.keep, best=best)
             else:
                 self._files.discard(step, failure)
 
@@ -285,16 +298,3 @@ class Checkpointer:
             raise outcome[1]
         result: T = outcome[0]
         return result
-
-
-def _copy_to_host(tensors: dict[str, Any]) -> dict[str, Any]:
-    """The same tensors, sharded as they are, in memory that training does not touch."""
-    options = StagingOptions(
-        use_pinned_memory=False,
-        use_shared_memory=False,
-        use_async_staging=False,
-        use_non_blocking_copy=False,
-    )
-    copies = DefaultStager(options).stage(tensors)
-    assert isinstance(copies, dict)
-    return copies

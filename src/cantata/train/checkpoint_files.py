@@ -7,20 +7,21 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cantata.core.errors import ConfigError, RunError
+from cantata.train.checkpoint_sums import PARTS, SUMS, FileSum, as_json, is_summed
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
-_SUFFIX = ".incomplete"
+_SUFFIX, _DAMAGED = ".incomplete", ".damaged"
 LATEST, BEST = "LATEST", "BEST"
 
 
 def is_complete(path: Path) -> bool:
     """Whether `path` holds a checkpoint that was published (and has not been thinned out by hand)."""
-    parts = (path / ".metadata", path / "state.json")
-    return path.suffix != _SUFFIX and all(part.is_file() for part in parts)
+    return path.suffix not in (_SUFFIX, _DAMAGED) and all((path / part).is_file() for part in PARTS)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -56,14 +57,18 @@ class CheckpointFiles:
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
+        return [path for path in reversed(self.newest_first()) if is_complete(path)]
+
+    def newest_first(self) -> list[Path]:
+        """Everything that was published as a checkpoint, whatever has become of it since."""
         if not self._root.is_dir():
             return []
         found = {
             int(match[1]): path
             for path in self._root.iterdir()
-            if (match := _COMPLETE.fullmatch(path.name)) and is_complete(path)
+            if (match := _COMPLETE.fullmatch(path.name)) and path.is_dir()
         }
-        return [found[step] for step in sorted(found)]
+        return [found[step] for step in sorted(found, reverse=True)]
 
     def newest(self) -> Path | None:
         found = self.complete()
@@ -73,6 +78,29 @@ class CheckpointFiles:
         """Clear what interrupted saves and removals left; only for the holder of the run's lock."""
         for path in self._root.glob(f"*{_SUFFIX}"):
             shutil.rmtree(path)
+
+    def set_aside(self, damaged: Mapping[Path, str], sound: Path) -> list[str]:
+        """Take damaged checkpoints out of the way of a run that goes on from `sound`; returns what to say.
+
+        They are kept under another name, and nothing names them any more.
+        """
+        lines = []
+        for path, problem in damaged.items():
+            names = (f"{path.name}{_DAMAGED}{number or ''}" for number in count())
+            aside = next(aside for name in names if not (aside := self._root / name).exists())
+            path.rename(aside)
+            _sync(self._root)
+            if self.best() == path.name:
+                (self.run_dir / BEST).unlink()
+            lines.append(
+                f"{path} is damaged ({problem}): it is kept as {aside.name}, and the run goes on from "
+                f"{sound.name}"
+            )
+        if damaged:
+            self._name(LATEST, sound)
+        if not is_summed(sound):
+            lines.append(f"{sound} was saved without checksums by an older version: damage would not be seen")
+        return lines
 
     def best(self) -> str | None:
         """The name that `BEST` holds."""
@@ -86,10 +114,19 @@ class CheckpointFiles:
             self._name(BEST, path)
         return is_complete(path)
 
-    def publish(self, step: int, state: Mapping[str, Any], keep: int, *, best: bool = False) -> None:
+    def publish(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        sums: Mapping[str, FileSum],
+        keep: int,
+        *,
+        best: bool = False,
+    ) -> None:
         """Turn the written directory into a checkpoint, durably, then remove old ones.
 
-        The `keep` newest stay, and the one named in `BEST`: this one where `best`.
+        `sums` are those of its files so far. The `keep` newest stay, and the one named in `BEST`: this one
+        where `best`.
 
         Raises:
             RunError: it could not be completed, or a checkpoint of this step is there already.
@@ -99,7 +136,9 @@ class CheckpointFiles:
         if final.exists():
             self.discard(step, f"{final} exists already and is never overwritten")
         try:
-            _write_durably(written / "state.json", json.dumps(state, indent=1))
+            text = json.dumps(state, indent=1)
+            _write_durably(written / "state.json", text)
+            _write_durably(written / SUMS, as_json({**sums, "state.json": FileSum.of(text.encode())}))
             _sync(written)
             written.rename(final)
             _sync(self._root)
@@ -107,7 +146,7 @@ class CheckpointFiles:
             if best:
                 self._name(BEST, final)
         except OSError as error:
-            self.discard(step, error.strerror or str(error))
+            self.discard(step, f"{Path(error.filename or written).name}: {error.strerror or error}")
         best_name = self.best()
         for path in self.complete()[:-keep]:
             if path.name == best_name:
@@ -134,10 +173,13 @@ class CheckpointFiles:
 
 
 def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _sync(folder: Path) -> None:

@@ -79,5 +79,6 @@ def differences(stored: Mapping[str, torch.Size], wanted: Mapping[str, torch.Siz
 def reason(error: CheckpointException) -> str:
     """The first rank's cause in one line."""
     rank, (cause, _) = next(iter(error.failures.items()))
-    text = str(cause).strip().splitlines()
+    told = cause.strerror if isinstance(cause, OSError) and not cause.filename else None
+    text = (told or str(cause)).strip().splitlines()
     return f"{text[0] if text else type(cause).__name__} (rank {rank})"

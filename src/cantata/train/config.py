@@ -8,6 +8,9 @@ from cantata.core.errors import ConfigError
 from cantata.parallel.recompute import Recompute
 from cantata.train.early_stopping import EarlyStoppingConfig
 
+LEAST_PATIENCE = 600.0
+"""Seconds; ranks of one run may start minutes apart."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -31,6 +34,14 @@ class TrainConfig:
     """Activations that backward computes again: `none`, `selective` (keeps matrix products) or `full`."""
     compile: bool
     """Compile each block with `torch.compile`."""
+    hang_seconds: float | None
+    """How long a micro-batch, or the wait for one, may take before every rank writes its stack to its log and
+    the run ends; the first step may take twice as long, evaluations and saves any time; null: for ever."""
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds that a rank waits for others in a collective, evaluations included."""
+        return None if self.hang_seconds is None else max(2 * self.hang_seconds, LEAST_PATIENCE)
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "micro_batch_size", "gradient_accumulation_steps", "log_every"):
@@ -40,6 +51,10 @@ class TrainConfig:
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
             raise ConfigError(
                 f"train.clip_grad_norm={self.clip_grad_norm} must be above 0, or null for no clipping"
+            )
+        if self.hang_seconds is not None and self.hang_seconds <= 0:
+            raise ConfigError(
+                f"train.hang_seconds={self.hang_seconds} must be above 0, or null to wait for ever"
             )
 
 

@@ -125,7 +125,7 @@ class Saving:
 
         Raises `ConfigError` where the checkpoint lacks something kept.
         """
-        path = self._checkpointer.resume_from()
+        path = self._checkpointer.resume_from(self._console.on_warning)
         if path is None:
             return Progress()
         document = self._checkpointer.load(path, self._engine)

@@ -21,6 +21,7 @@ from cantata.train.engine import Engine, Objective
 from cantata.train.metrics import Record, StepSums
 from cantata.train.preempt import StopRequest
 from cantata.train.schedule import Schedule
+from cantata.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def fit(
     listeners: list[Listener],
     start: Progress,
     stop: StopRequest,
+    watchdog: Watchdog,
 ) -> Progress:
     """Train from `start` to `config.max_steps`, until a signal asks to stop or a listener calls it enough.
 
@@ -80,20 +82,25 @@ def fit(
     progress = start
     while progress.step < config.max_steps and not stop.enough:
         started = time.perf_counter()
+        watchdog.beat()
         micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
         data_seconds = time.perf_counter() - started
 
         totals = count(micro_batches, progress.step + 1)
-        sums = StepSums()
+        sums, own_losses = StepSums(), []
         for index, batch in enumerate(micro_batches, start=1):
             batch = batch.to(dist.device(), non_blocking=True)
-            sums.add(engine.forward_backward(batch, objective, totals, last=index == len(micro_batches)))
+            part = engine.forward_backward(batch, objective, totals, last=index == len(micro_batches))
+            sums.add(part)
+            own_losses.append(part["loss_sum"])
+            watchdog.beat()
         grad_norm = engine.gradient_norm(config.clip_grad_norm)
         sums.add({"stop": torch.tensor(float(stop.received), device=dist.device())})
         reduced = sums.reduced()
-        check_finite(reduced["loss_sum"].item(), grad_norm, micro_batches, progress.step + 1)
+        check_finite(reduced["loss_sum"].item(), grad_norm, micro_batches, own_losses, progress.step + 1)
         factor = schedule(progress.step, config.max_steps)
         engine.step(factor)
+        watchdog.rest()
 
         progress = progress.after(totals)
         seconds = time.perf_counter() - started
@@ -123,13 +130,31 @@ def count(micro_batches: list[MicroBatch], step: int) -> StepTotals:
     return totals
 
 
-def check_finite(loss_sum: float, grad_norm: float, micro_batches: list[MicroBatch], step: int) -> None:
-    """Raise `RunError` before the parameters change; both numbers are the same on every rank."""
+def check_finite(
+    loss_sum: float,
+    grad_norm: float,
+    micro_batches: list[MicroBatch],
+    own_losses: list[torch.Tensor],
+    step: int,
+) -> None:
+    """Raise `RunError` before the parameters change; both numbers are the same on every rank.
+
+    It names the micro-batches whose own loss sum, of `own_losses`, is not finite; where all are (the gradient
+    overflowed), every sample of the step.
+    """
     if math.isfinite(loss_sum) and math.isfinite(grad_norm):
         return
+    culprits = [
+        f"loss sum {loss.item():g} on rank {dist.rank()} in {batch.describe()}"
+        for batch, loss in zip(micro_batches, own_losses, strict=True)
+        if not math.isfinite(loss.item())
+    ]
+    told = "; ".join(filter(None, dist.gather_strings("; ".join(culprits))))
+    told = told or f"each micro-batch's loss is; the step's samples: {describe(micro_batches)}"
     raise RunError(
-        f"step {step}: loss sum {loss_sum:g} and gradient norm {grad_norm:g} are not both finite; nothing "
-        f"was updated. Batch: {describe(micro_batches)}"
+        f"step {step}: loss sum {loss_sum:g} and gradient norm {grad_norm:g} are not both finite ({told}); "
+        "nothing was updated: mend or leave out the sample, or lower the learning rate, and run the same "
+        "command again"
     )
 
 

@@ -6,9 +6,13 @@ import errno
 import fcntl
 import os
 import socket
+import struct
 from pathlib import Path
 
 from cantata.core.errors import ConfigError
+
+_FLOCK = "hhqqi"
+"""`struct flock` of 64-bit Linux: type, whence, start, length, owner."""
 
 
 class RunLock:
@@ -37,3 +41,18 @@ class RunLock:
 
     def release(self) -> None:
         self._file.close()
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether a process holds the lock, as far as this machine can see; it is asked, not tried.
+
+    A network file system without locks, and another host's local one, look free. Not for the process that
+    holds it: closing any handle on the file gives up a POSIX lock.
+    """
+    try:
+        with (run_dir / ".lock").open("rb") as file:
+            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, asked)
+    except OSError:
+        return False
+    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)

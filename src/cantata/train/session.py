@@ -16,6 +16,7 @@ from cantata.core.config import save_config
 from cantata.core.errors import PREEMPTED
 from cantata.core.logging import logging_to
 from cantata.core.types import MODALITIES
+from cantata.data.handover import deaths_told
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
 from cantata.models.protocol import ImageTokenizer, Trainable
@@ -25,10 +26,12 @@ from cantata.train.checkpoint import Checkpointer, fingerprint
 from cantata.train.critic import Critic, WithCritic
 from cantata.train.early_stopping import EarlyStopping
 from cantata.train.engine import Engine, Objective
+from cantata.train.environment import environment
 from cantata.train.evaluate import Evaluation, Probe, evaluate
 from cantata.train.expert_counts import ExpertInterval
 from cantata.train.expert_load import LoadWarning, PeakRows
 from cantata.train.expert_report import ExpertFolder, ExpertReport
+from cantata.train.history import History
 from cantata.train.learned_codes import learned_codes
 from cantata.train.listeners import Codebook, ExpertBias, Kept, Saving, Telemetry
 from cantata.train.loggers import Sinks, open_sinks
@@ -40,6 +43,7 @@ from cantata.train.preempt import StopRequest
 from cantata.train.progress import Console
 from cantata.train.stage import LanguageStage, Stage, base_identity, build_engine
 from cantata.train.startup import StartupReport
+from cantata.train.watchdog import Watchdog
 from cantata.train.window import Device, Window
 
 
@@ -72,12 +76,16 @@ def run_session(
     rng.seed_all(stage.seed, dist.rank())
     shape, needs, peaks = fingerprint(model), describe.needs(stage, model, loader), _peaks(stage, model)
     codes, engine = learned_codes(stage), _engine(stage, model, critic)
-    with ExitStack() as closing, contextlib.closing(iter(loader)) as batches:
+    with deaths_told(), ExitStack() as closing, contextlib.closing(iter(loader)) as batches:
         checkpointer = Checkpointer(stage.out, stage.checkpoint, shape)
         closing.callback(checkpointer.close)
-        closing.enter_context(logging_to(stage.out))
+        log = closing.enter_context(logging_to(stage.out))
+        watchdog = Watchdog(stage.train.hang_seconds, log, dist.rank())
+        closing.callback(watchdog.close)
+        history = closing.enter_context(History(stage.out))
         console = Console(dist.rank())
         closing.callback(console.close)
+        loader.warn = console.on_warning
         window = Window(Device(dist.device(), dist.world_size(), model.flops_per_token))
         interval, best = ExpertInterval(), Best(stage.checkpoint.best)
         early = EarlyStopping(stage.train.early_stopping, stop)
@@ -85,6 +93,7 @@ def run_session(
         kept |= base_identity(stage)
         saving = Saving(checkpointer, engine, loader, kept, console, stage.train.max_steps, best)
         start = saving.resume()
+        history.start(start.step, describe.origin(stage, model, start.step), environment())
         save_config(resolved, stage.out / "config.yaml")
         sinks = open_sinks(stage.logger, stage.out, stage.name, resolved, start.step or None, dist.rank())
         closing.callback(sinks.close)
@@ -96,11 +105,13 @@ def run_session(
         telemetry = _telemetry(stage, window, sinks, console)
         own = _experts(stage, model, interval, peaks, start.step or None, console, closing)
         listeners: list[Listener] = [*own, evaluation, early, telemetry, saving]
-        end = fit(engine, objective, batches, build(stage.schedule), stage.train, listeners, start, stop)
+        schedule = build(stage.schedule)
+        end = fit(engine, objective, batches, schedule, stage.train, listeners, start, stop, watchdog)
         saving.save(end)
         saving.finish()
         _tell_drops(console, loader, held_out)
         outcome, code = _outcome(end.step >= stage.train.max_steps, early.reason)
+        history.end(end.step, outcome, code)
         took = time.monotonic() - began
         console.on_end(describe.summary(stage, outcome, end.step, took, telemetry, evaluation))
     return code

@@ -120,9 +120,8 @@ class MllamaTextConfig:
     """Longest context that an exported checkpoint claims; training does not read it."""
     initializer_range: float
     initial_gate: float
-    """Of the blocks that read images, before tanh: 0 where they are added to a trained language model, which
-    so begins as it was. A model that learns all at once is slow to look at images from there (`mllama_mini`).
-    """
+    """Of the blocks that read images, before tanh: 0 where they join a trained language model, which begins
+    as it was then. A model that learns all at once is slow to look at images from there (`mllama_mini`)."""
     bos_token_id: int
     """This and the next two go into an exported `config.json`; training does not read them."""
     eos_token_id: int

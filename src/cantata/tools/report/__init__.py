@@ -1,0 +1,1 @@
+"""`cantata report`: runs as one page that needs no network."""
