@@ -19,23 +19,19 @@ from cantata.core.types import Batch
 from cantata.data.collate import PackedCollator, PrefixCollator
 from cantata.models.aimv2 import Aimv2Contrastive, Aimv2Pretraining
 from cantata.parallel.materialize import RandomInit, materialize
-from cantata.parallel.mesh import MeshConfig
 from cantata.parallel.recompute import Recompute
 from cantata.train.autoregression import MultimodalAutoregression
 from cantata.train.contrast import FOUND, Contrastive
-from cantata.train.deepspeed import DeepSpeedEngine
-from cantata.train.engine import Engine, Objective
-from cantata.train.fsdp2 import FSDP2Engine
+from cantata.train.engine import Objective
 from cantata.train.metrics import StepSums
 from cantata.train.optim import ParameterRule, optimizer_defaults, parameter_groups
+from tests.distributed.engines import CPU, build_engine, saved
 from tests.distributed.join import join, totals_of
-from tests.distributed.mesh import mesh_of
 from tests.distributed.spawn import run_ranks
 from tests.models.aimv2.small import DECODER, NATIVE, TEXT, contrastive, documents, pair_processor, processor
 
 pytestmark = pytest.mark.distributed
 
-CPU = torch.device("cpu")
 # AdamW divides by what a gradient usually is; of one that is rounding alone it would make a whole step.
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-2, eps=1e-4, weight_decay=0.1, fused=True)
 MAX_NORM, SEED = 0.1, 3
@@ -84,26 +80,10 @@ def totals_of_step(case: str) -> Any:
     return totals_of([batch for pair in micro_batches(case) for batch in pair])
 
 
-def engine_of(name: str, model: nn.Module, rules: dict[str, ParameterRule]) -> Engine:
-    settings: dict[str, Any] = {
-        "model": model,
-        "mesh": mesh_of(MeshConfig(dp_replicate=1, dp_shard=-1, ep=1)),
-        "source": RandomInit(model, SEED),
-        "optimizer": OPTIMIZER,
-        "parameters": rules,
-        "recompute": Recompute.selective,
-        "compile": False,
-        "device": CPU,
-        "precision": "fp32",
-        "offload": "none",
-    }
-    if name == "fsdp2":
-        return FSDP2Engine(**settings, state_dtype="fp32")
-    return DeepSpeedEngine(**settings, zero_stage=2)
-
-
 def train(name: str, case: str) -> dict[str, Any]:
-    engine = engine_of(name, build(case), FROZEN if case == "frozen tower" else {})
+    rules = FROZEN if case == "frozen tower" else {}
+    options = {"parameters": rules, "recompute": Recompute.selective}
+    engine = build_engine(name, build(case), SEED, OPTIMIZER, **options)
     objective, norms, told = objective_of(case, engine.model if name == "fsdp2" else build(case)), [], []
     batches = [pair[dist.get_rank()] for pair in micro_batches(case)]
     for _ in range(2):
@@ -114,9 +94,7 @@ def train(name: str, case: str) -> dict[str, Any]:
         norms.append(engine.gradient_norm(MAX_NORM))
         told.append(sums.reduced())
         engine.step(1.0)
-    state = {}
-    for key, value in engine.state_dict().items():
-        state[key] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+    state = saved(engine)
     if name == "fsdp2":
         held = sum(v.to_local().numel() for k, v in engine.state_dict().items() if k.endswith(".exp_avg"))
     else:

@@ -18,24 +18,19 @@ from torch import Tensor
 
 from cantata.core.types import PixelBatch
 from cantata.parallel.materialize import RandomInit, materialize
-from cantata.parallel.mesh import MeshConfig
-from cantata.parallel.recompute import Recompute
 from cantata.train.adversarial import Adversarial
 from cantata.train.critic import Critic, CriticConfig, WithCritic
-from cantata.train.deepspeed import DeepSpeedEngine
 from cantata.train.engine import Engine
-from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.metrics import StepSums
 from cantata.train.optim import optimizer_defaults, parameter_groups
 from cantata.train.reconstruction import LossConfig, Reconstruction
-from tests.distributed.mesh import mesh_of
+from tests.distributed.engines import CPU, build_engine, saved
 from tests.distributed.spawn import run_ranks
 from tests.train.pixels import Tokenizer, images, joined, totals_of
 from tests.train.test_critic import CONFIG
 
 pytestmark = pytest.mark.distributed
 
-CPU = torch.device("cpu")
 SEED, STEPS = 5, 3
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-2, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, fused=True)
 LOSS = LossConfig(l1=1.0, l2=0.5, perceptual=0.0)
@@ -71,29 +66,12 @@ def three_steps(engine: Engine, objective: Reconstruction, batches: list[PixelBa
 def train(config: CriticConfig, engine: str) -> dict[str, Any]:
     """Two ranks with a micro-batch each; returns whole tensors and what each rank's critic became."""
     model = on_meta()
-    settings: dict[str, Any] = {
-        "model": model,
-        "mesh": mesh_of(MeshConfig(dp_replicate=1, dp_shard=-1, ep=1)),
-        "source": RandomInit(model, SEED),
-        "optimizer": OPTIMIZER,
-        "parameters": {},
-        "recompute": Recompute.none,
-        "compile": False,
-        "device": CPU,
-        "precision": "fp32",
-        "offload": "none",
-    }
-    if engine == "fsdp2":
-        inner: Engine = FSDP2Engine(**settings, state_dtype="fp32")
-    else:
-        inner = DeepSpeedEngine(**settings, zero_stage=int(engine[-1]))
+    inner = build_engine(engine, model, SEED, OPTIMIZER)
     critic = Critic(config, SEED, STEPS, CPU)
     names = critic.state_dict().keys()
     whole_engine = WithCritic(inner, critic)
     sums = three_steps(whole_engine, objective_of(critic, model), STEP[dist.get_rank() :: 2])
-    state = {}
-    for name, value in whole_engine.state_dict().items():
-        state[name] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+    state = saved(whole_engine)
     assert names <= state.keys()
     return {"state": state, "sums": sums}
 

@@ -16,31 +16,25 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from cantata.core.types import StepTotals
 from cantata.models.autoencoder import Autoencoder, AutoencoderConfig
 from cantata.nn.quantize import EMAVectorQuantizer, VectorQuantizer
 from cantata.parallel.materialize import RandomInit, materialize, persistent_tensors
-from cantata.parallel.mesh import MeshConfig
-from cantata.parallel.recompute import Recompute
 from cantata.train.critic import Critic, WithCritic
-from cantata.train.deepspeed import DeepSpeedEngine
-from cantata.train.engine import Engine
-from cantata.train.fsdp2 import FSDP2Engine
 from cantata.train.listeners import Codebook
 from cantata.train.loop import Progress, StepResult
 from cantata.train.metrics import StepSums
 from cantata.train.optim import optimizer_defaults, parameter_groups
 from cantata.train.reconstruction import PARTS, USAGE, LossConfig, Reconstruction
-from tests.distributed.mesh import mesh_of
+from tests.distributed.engines import CPU, build_engine, saved
 from tests.distributed.spawn import run_ranks
 from tests.train.pixels import images
 from tests.train.test_critic import CONFIG
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-CPU = torch.device("cpu")
 SEED, STEPS, BOUND = 5, 3, 1e-6
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.1, fused=True)
 SHAPE = AutoencoderConfig(
@@ -82,24 +76,6 @@ def on_meta(quantizer: str) -> Autoencoder:
         return Autoencoder(SHAPE, QUANTIZERS[quantizer]())
 
 
-def build_engine(name: str, model: nn.Module, precision: str = "fp32") -> Engine:
-    settings: dict[str, Any] = {
-        "model": model,
-        "mesh": mesh_of(MeshConfig(dp_replicate=1, dp_shard=-1, ep=1)),
-        "source": RandomInit(model, SEED),
-        "optimizer": OPTIMIZER,
-        "parameters": {},
-        "recompute": Recompute.none,
-        "compile": False,
-        "device": CPU,
-        "precision": precision,
-        "offload": "none",
-    }
-    if name == "fsdp2":
-        return FSDP2Engine(**settings, state_dtype="fp32")
-    return DeepSpeedEngine(**settings, zero_stage=2)
-
-
 def learn(codebook: Codebook, sums: dict[str, Tensor], step: int) -> None:
     codebook.after_step(StepResult(Progress(step=step), TOTALS, sums, 0.0, 1.0, 0.0, 0.0))
 
@@ -107,7 +83,7 @@ def learn(codebook: Codebook, sums: dict[str, Tensor], step: int) -> None:
 def train(name: str, quantizer: str, has_critic: bool) -> dict[str, Any]:
     """Two ranks with a micro-batch each: the sums of each step, and the tensors that this rank saves."""
     model = on_meta(quantizer)
-    engine = build_engine(name, model)
+    engine = build_engine(name, model, SEED, OPTIMIZER)
     critic = Critic(CRITIC, SEED, STEPS, CPU) if has_critic else None
     if critic is not None:
         engine = WithCritic(engine, critic)
@@ -121,16 +97,13 @@ def train(name: str, quantizer: str, has_critic: bool) -> dict[str, Any]:
         engine.step(1.0)
         learn(codebook, reduced, step)
         told.append(reduced)
-    state = {}
-    for key, value in engine.state_dict().items():
-        state[key] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
-    return {"state": state, "sums": told}
+    return {"state": saved(engine), "sums": told}
 
 
 def in_bf16(quantizer: str) -> dict[str, Any]:
     """One step of FSDP2 that computes in bf16."""
     model = on_meta(quantizer)
-    engine = build_engine("fsdp2", model, "bf16")
+    engine = build_engine("fsdp2", model, SEED, OPTIMIZER, precision="bf16")
     objective, sums = Reconstruction(LOSS, None, None, model.last_layer, None), StepSums()
     seen: list[torch.dtype] = []
     model.quantizer.register_forward_hook(lambda *_: seen.append(model.quantizer.codebook_KD.dtype))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from cantata import cli
+from tests.recipes.runner import TINY as TINY_ARIA
 from tests.recipes.runner import final, metrics, run, tensors
 
 SMALL = (
@@ -154,6 +155,44 @@ def test_what_does_not_go_together(
 ) -> None:
     assert run("pretrain", "experiment=aimv2_mini", *override.split(), f"out={tmp_path / 'run'}") == 2
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_aria_on_the_published_encoder(made: Made, tmp_path: Path) -> None:
+    """Its tower begins as the encoder and learns on; a run continues bit for bit."""
+    given = (
+        "experiment=aria_mini_aimv2",
+        f"model.vision.weights={made.hub}",
+        *(one for one in SMALL if one.startswith("model.vision.")),
+        *(one for one in TINY_ARIA if one.startswith(("model.text.", "engine.", "data.", "train."))),
+        *("data.streams=2", "schedule=constant", "checkpoint.every=1", "optimizer.lr=1e-3"),
+    )
+    for out, steps in (("once", 3), ("twice", 2), ("twice", 3)):
+        assert run("pretrain", *given, f"train.max_steps={steps}", f"out={tmp_path / out}") == 0
+    once, twice = final(tmp_path / "once"), final(tmp_path / "twice")
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(value, twice[name]) for name, value in once.items())
+    encoder = final(made.run)
+    tower = [name for name in once if name.startswith("model.vision.")]
+    moved = [float((once[name] - encoder[name]).abs().max()) for name in tower]
+    # Three steps of AdamW at a rate of 1e-3 move no weight further.
+    assert min(moved) > 0
+    assert max(moved) < 4e-3
+    report = " ".join((tmp_path / "once" / "logs" / "startup.txt").read_text().split())
+    assert f"{len(tower)} tensors from {made.hub}, others new" in report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiny", [TINY_AIMV2, (*TINY_LIT, "model.vision_weights=null")], ids=["next", "lit"])
+def test_compiled_equals_eager(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    given, found = (*tiny, "train.max_steps=2"), []
+    for compiled in ("true", "false"):
+        out = tmp_path / compiled
+        assert run("pretrain", *given, f"train.compile={compiled}", f"out={out}") == 0
+        found.append(metrics(out))
+    for mine, eager in zip(*found, strict=True):
+        assert mine["loss"] == pytest.approx(eager["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.slow

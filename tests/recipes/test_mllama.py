@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from cantata import cli
 from tests.recipes.runner import final, metrics, run
@@ -151,6 +152,45 @@ def test_fine_tuned_and_adapted(made: Made, tmp_path: Path, capsys: pytest.Captu
         assert cli.main(["generate", *path, *asked]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_adapters_over_a_packed_base(made: Made, tmp_path: Path, bits: str) -> None:
+    """Layers of both kinds rest packed; a run goes on bit for bit, and merges into whole weights."""
+    base = (f"model.weights={made.hub}", f"lora.quantize_base={bits}")
+    given = (*FINE_TUNE, *base, "lora.targets=[text.layers.*]", "checkpoint.every=1")
+    for out, steps in (("once", 3), ("twice", 2), ("twice", 3)):
+        assert run("lora", *given, f"train.max_steps={steps}", f"out={tmp_path / out}") == 0
+    once, twice = final(tmp_path / "once"), final(tmp_path / "twice")
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    report = (tmp_path / "once" / "logs" / "startup.txt").read_text()
+    assert f"base {bits}" in report
+    assert cli.main(["export", str(tmp_path / "once"), "--to", str(tmp_path / "hub"), "--merge"]) == 0
+    merged, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hub", made.hub))
+    adapted = {name for name in before if not torch.equal(merged[name], before[name])}
+    # Seven linear layers of each of three blocks; what no adapter is on is as published, not as packed.
+    assert len(adapted) == 3 * 7
+    assert all(".layers." in name and "vision" not in name for name in adapted)
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(tmp_path: Path) -> None:
+    """A block of each kind, within what other sums give."""
+    blocks = (
+        *("model.vision.num_hidden_layers=1", "model.vision.num_global_layers=1"),
+        *("model.vision.intermediate_layers=[0]", "model.text.num_hidden_layers=2"),
+    )
+    found = []
+    for compiled in ("true", "false"):
+        out = tmp_path / compiled
+        given = (*TINY, *blocks, "train.max_steps=2", f"train.compile={compiled}", f"out={out}")
+        assert run("pretrain", *given) == 0
+        found.append(metrics(out))
+    for mine, eager in zip(*found, strict=True):
+        assert mine["loss"] == pytest.approx(eager["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-4)
 
 
 def test_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

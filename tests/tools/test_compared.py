@@ -24,6 +24,7 @@ def test_a_check_passes_up_to_its_bound_and_nothing_passes_for_nan() -> None:
 def test_an_error_is_relative_to_the_largest_value_of_the_scale() -> None:
     value, reference = torch.tensor([1.0, -4.0]), torch.tensor([1.5, -4.25])
     assert relative_error(value, reference, torch.tensor([0.1, -2.0])) == 0.25
+    assert relative_error(value, reference, torch.tensor([0.1, -0.25])) == 2.0
     assert relative_error(value, reference, torch.zeros(2)) == 0.5
     assert math.isnan(relative_error(value, torch.tensor([math.nan, 0.0]), reference))
 

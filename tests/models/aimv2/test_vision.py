@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cantata.core.types import Segments
+from cantata.models.aimv2 import Aimv2VisionConfig
 from cantata.models.aimv2.vision import (
     PIXEL_MEAN,
     PIXEL_STD,
@@ -47,15 +48,14 @@ def test_sines_of_the_column_come_first() -> None:
 
 @pytest.mark.parametrize("vision", [VISION, NATIVE], ids=["learned", "computed"])
 @torch.no_grad()
-def test_a_patch_is_projected_normed_and_placed(vision: object) -> None:
-    config = vision if isinstance(vision, type(VISION)) else VISION
+def test_a_patch_is_projected_normed_and_placed(vision: Aimv2VisionConfig) -> None:
     torch.manual_seed(0)
-    module = PatchEmbedding(config)
+    module = PatchEmbedding(vision)
     module.rms_norm.weight.normal_()
     patches_PC, ids = torch.randn(3, 48), torch.tensor([7, 0, 7])
     x_PD = patches_PC @ module.patch_embed.weight.T + module.patch_embed.bias
-    x_PD = nn.functional.rms_norm(x_PD, (32,), module.rms_norm.weight, config.rms_norm_eps)
-    if config.is_native:
+    x_PD = nn.functional.rms_norm(x_PD, (32,), module.rms_norm.weight, vision.rms_norm_eps)
+    if vision.is_native:
         assert module.position_embedding is None
         place = sincos_positions(ids, 10, 32, torch.float32)
     else:
@@ -84,13 +84,12 @@ def test_a_learned_query_of_each_head_reads_an_image() -> None:
 
 @pytest.mark.parametrize("vision", [VISION, NATIVE], ids=["fixed", "native"])
 @torch.no_grad()
-def test_packed_images_are_as_if_alone(vision: object) -> None:
-    config = vision if isinstance(vision, type(VISION)) else VISION
-    tower = encoder(replace(config, use_head=True)).vision
-    sizes = [(8, 20), (4, 4), (16, 16)] if config.is_native else [(16, 16)] * 3
+def test_packed_images_are_as_if_alone(vision: Aimv2VisionConfig) -> None:
+    tower = encoder(replace(vision, use_head=True)).vision
+    sizes = [(8, 20), (4, 4), (16, 16)] if vision.is_native else [(16, 16)] * 3
     pixels = random_pixels(*sizes)
-    whole = images_of(pixels, config)
-    alone = [images_of([one], config) for one in pixels]
+    whole = images_of(pixels, vision)
+    alone = [images_of([one], vision) for one in pixels]
     torch.testing.assert_close(tower(whole), torch.cat([tower(one) for one in alone]), rtol=0, atol=1e-5)
     expected = torch.cat([tower.pooled(one) for one in alone])
     torch.testing.assert_close(tower.pooled(whole), expected, rtol=0, atol=1e-5)
