@@ -63,7 +63,7 @@ class Stage:
         path = f"{self._programs}:{os.environ['PATH']}"
         return subprocess.run(
             ["bash", str(script), *arguments],
-            env={"PATH": path, "HOME": "/", "CALLS": str(self.calls), **variables},
+            env={"PATH": path, "HOME": "/", "CALLS": str(self.calls), "REQUEUE_SECONDS": "0", **variables},
             cwd=self._programs.parent,
             capture_output=True,
             text=True,
