@@ -1,7 +1,8 @@
-"""The batch scripts and the Hydra launcher on a SLURM of two nodes: preempted, queued again, exact to a bit."""
+"""The batch scripts and the Hydra launcher on a SLURM, two nodes: preempted, queued again, exact to a bit."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.local_slurm import LocalSlurm, local_slurm
-from tests.recipes.runner import command, final, metrics, start, torchrun
+from tests.recipes.runner import TINY_LORA, command, final, metrics, start, torchrun
 from tests.recipes.test_pretrain import finish, same
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -79,7 +80,7 @@ class Job:
 
         def reached() -> bool:
             state = self._cluster.state(self.id)
-            assert state in states or state not in ended, f"{state}: {self.log}"
+            assert state in states or state not in ended, f"{state}: {self.log}\n{self._cluster.logs()}"
             return state in states
 
         self._cluster.wait_for(reached, f"job {self.id} is {' or '.join(states)}; {self.log}", PATIENCE)
@@ -112,10 +113,12 @@ def test_a_preempted_job_queues_again_and_ends_bit_for_bit_alike(
     stopped = job.steps
     assert stopped < STEPS
     assert (job.out / "LATEST").read_text() == f"step-{stopped:08d}\n"
-    assert "exit code 75, queued again 0 times so far" in job.log
+    assert "queued again 0 times" in job.log
+    assert "ended with exit code 75" in job.log
     job.wait_for_state("COMPLETED")
-    assert "exit code 0, queued again 1 times so far" in job.log
-    assert f"from step {stopped}" in job.log
+    assert "queued again 1 times" in job.log
+    assert "ended with exit code 0" in job.log
+    assert f"resumed from step-{stopped:08d}" in " ".join(job.log.split())
     assert_equal(job, whole)
 
 
@@ -146,3 +149,38 @@ def test_tasks_without_torchrun_find_their_ranks_and_a_cancelled_job_stays_cance
     assert cluster.state(job.id) == "CANCELLED"
     print(job.log)
     assert (job.out / "LATEST").read_text() == f"step-{job.steps:08d}\n"
+
+
+def test_a_sweep_makes_each_job_a_job_of_slurm(cluster: LocalSlurm, tmp_path: Path) -> None:
+    """One of the two is preempted on its way; the command waits for both."""
+    swept = ("-m", "hydra/launcher=slurm", "seed=1,2", "name=seed-${seed}", "out=outputs/${name}")
+    small = (*TINY_LORA, *SETTINGS, "checkpoint.every=0", "hydra.launcher.timeout_min=20")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "cantata", "lora", *swept, *small],
+        env=cluster.environment(**VARIABLES),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    outs = [tmp_path / "outputs" / f"seed-{seed}" for seed in (1, 2)]
+
+    def going() -> bool:
+        assert run.poll() is None, run.communicate()[0]
+        return len(metrics(outs[0])) >= 3
+
+    def queued_again() -> list[str]:
+        return cluster.run("squeue", "-h", "-t", "PENDING", "-o", "%A").split()
+
+    cluster.wait_for(going, "the sweep's first job trains", PATIENCE)
+    first = cluster.run("squeue", "-h", "-r", "-o", "%i").split()
+    cluster.run("scancel", "--signal=USR1", min(first))
+    cluster.wait_for(lambda: bool(queued_again()), "it queues again", PATIENCE)
+    stopped = len(metrics(outs[0]))
+    assert (outs[0] / "LATEST").read_text() == f"step-{stopped:08d}\n"
+    cluster.start_now(queued_again()[0])
+    text, _ = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 0, text
+    for out in outs:
+        assert [line["step"] for line in metrics(out)] == list(range(1, STEPS + 1))
+    assert stopped < STEPS
