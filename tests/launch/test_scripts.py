@@ -35,7 +35,11 @@ SCONTROL = """
 echo "$*" >>"$CALLS/scontrol"
 case $1-$2 in
 show-node) printf 'NodeName=n%s\\n   NodeAddr=10.0.0.%s NodeHostName=n%s\\n' 1 1 1 2 2 2 ;;
-show-job) echo "JobId=40017 JobName=x"; echo "   JobState=${STATE:-RUNNING} Reason=None" ;;
+show-job)
+    echo "JobId=40017 JobName=x"
+    echo "   JobState=${STATE:-RUNNING} Reason=None"
+    echo "   EndTime=2030-01-01T00:00:00 Deadline=N/A"
+    ;;
 esac
 """
 PROGRAM = """
@@ -63,7 +67,7 @@ class Stage:
         path = f"{self._programs}:{os.environ['PATH']}"
         return subprocess.run(
             ["bash", str(script), *arguments],
-            env={"PATH": path, "HOME": "/", "CALLS": str(self.calls), **variables},
+            env={"PATH": path, "HOME": "/", "CALLS": str(self.calls), "REQUEUE_SECONDS": "0", **variables},
             cwd=self._programs.parent,
             capture_output=True,
             text=True,
@@ -160,7 +164,9 @@ def test_only_a_preempted_run_queues_again(
     done = stage.run(script, "recipes/lora.py", **JOB, CODE=code, **given)
     assert done.returncode == int(code)
     assert ("requeue 40017" in stage.call("scontrol")) == queued
-    assert f"exit code {code}" in done.stdout
+    restarts = given.get("SLURM_RESTART_COUNT", "0")
+    starts = f"job 40017: on n[1-2] until 2030-01-01T00:00:00, queued again {restarts} times"
+    assert done.stdout.splitlines() == [starts, f"job 40017: ended with exit code {code}"]
     limit = "MAX_REQUEUES" in done.stderr
     assert limit == (code == "75" and not queued and "STATE" not in given)
 

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from cantata.core import sweep
 from cantata.core.compose import COMPOSITION_ERRORS, Composed, Origins, compose, explain, one_line
 from cantata.core.dist import find_process
 from cantata.core.errors import PREEMPTED, CantataError, ConfigError
@@ -123,12 +124,14 @@ def stage_main(config_name: str) -> Callable[[Stage], Callable[[], None]]:
 def run_stage(main: Stage, config_name: str) -> int:
     """Run `main` on the config of the command line; returns the exit code (see the public contract)."""
     codes: list[int] = []
-    run_dirs: set[str] = set()
+    run_dirs = sweep.RunDirs()
 
     @functools.wraps(main)
     def task(node: DictConfig) -> None:
         if PREEMPTED not in codes:
             codes.append(_exit_code(lambda: _run_job(main, node, run_dirs)))
+        if sweep.in_job():
+            sweep.end_job(codes[-1])
 
     def command() -> None:
         # Otherwise Hydra prints its errors over many lines and leaves with its own code.
@@ -136,6 +139,7 @@ def run_stage(main: Stage, config_name: str) -> int:
         os.environ["HYDRA_FULL_ERROR"] = "1"
         sys.argv[1:] = without_local_rank(sys.argv[1:])
         try:
+            sweep.check(get_args_parser().parse_args(), config_name)
             hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)(task)()
         except COMPOSITION_ERRORS as error:
             arguments = get_args_parser().parse_args()
@@ -149,16 +153,10 @@ def run_stage(main: Stage, config_name: str) -> int:
     return _exit_code(command) or max(codes, default=0)
 
 
-def _run_job(main: Stage, node: DictConfig, run_dirs: set[str]) -> int | None:
+def _run_job(main: Stage, node: DictConfig, run_dirs: sweep.RunDirs) -> int | None:
     """One job of a sweep, or the only one."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        out = str(node.out)
-        if out in run_dirs:
-            raise ConfigError(
-                f"out={out} is the run directory of two jobs of this sweep; put what is swept into the name, "
-                "for example 'name=lr-${optimizer.lr}'"
-            )
-        run_dirs.add(out)
+        run_dirs.add(node.out)
     return main(node)
 
 
