@@ -13,8 +13,9 @@ from cantata.models.protocol import LanguageModel
 from cantata.nn.lora import is_factor
 from cantata.parallel.fsdp import shard_dimension
 from cantata.tools.plan import read_stage
+from cantata.train.likely import META, likely_batch
 from cantata.train.memory import GIB, estimate_memory, layout_of
-from cantata.train.plan import META, Plan, likely_batch, make_plan
+from cantata.train.plan import Plan, make_plan
 from cantata.train.stage import PretrainStage, build_model
 from tests.train.test_stage import TINY
 
