@@ -5,8 +5,8 @@
 Every experiment runs its first steps on its own data in a process of its own, from random weights, by the
 engine, objective and loop of a real run, without evaluations and checkpoints. What it took is measured: on
 CUDA by the allocator's peak, on the CPU by adding up the profiler's allocation events. The plan is that of
-`--batches` for the same micro-batches; beside it stands the one that reads no data. NLVR's drawings are not
-at hand, so `nlvr_mini` reads the embedded emoji; `emu3_mini` reads random codes, as many as `emoji_vq` gives.
+`--batches` for the same micro-batches; beside it stands the one that reads no data. Two data sets are not at
+hand: `nlvr_mini` reads emoji with a sentence each, and `emu3_mini` random codes, as many as `emoji_vq` gives.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ EXPERIMENTS: dict[str, tuple[str, Overrides]] = {
     "aria_mini": ("pretrain", ()),
     "emoji_sft": ("sft", RANDOM),
     "emoji_lora": ("lora", RANDOM),
-    "nlvr_mini": ("sft", (*RANDOM, "data=emoji_chat", "accuracy.choices={}")),
-    "nlvr_mini_lora": ("lora", (*RANDOM, "data=emoji_chat", "accuracy.choices={}")),
+    "nlvr_mini": ("sft", RANDOM),
+    "nlvr_mini_lora": ("lora", RANDOM),
     "mllama_mini": ("pretrain", ()),
     "aimv2_mini": ("pretrain", ()),
     "aimv2_mini_lit": ("pretrain", ("model.vision_weights=null",)),
@@ -61,6 +61,12 @@ EXPERIMENTS: dict[str, tuple[str, Overrides]] = {
     "emu3_mini": ("pretrain", ()),
     "emoji_vq": ("vq", ()),
 }
+OWN_DATA = {
+    "emu3_mini": {"draw": "codes", "name": "codes"},
+    "nlvr_mini": {"chat": "drawings.parquet"},
+    "nlvr_mini_lora": {"chat": "drawings.parquet"},
+}
+"""Data that are written first, by source."""
 QUICK = ("emoji_lora", "aimv2_mini_lit", "emoji_vq")
 WANTED = 0.1
 
@@ -103,8 +109,8 @@ def _peak_of(train: Callable[[], None]) -> int:
 def one(name: str, steps: int, data: Path) -> dict[str, int]:
     """Bytes: `measured`, `plan` for the batches that were read, `likely` for none."""
     kind, overrides = EXPERIMENTS[name]
-    if name == "emu3_mini":
-        overrides = (*overrides, f"data.sources.draw.dataset.path={data}")
+    for source, path in OWN_DATA.get(name, {}).items():
+        overrides = (*overrides, f"data.sources.{source}.dataset.path={data / path}")
     chosen = [f"experiment={name}", *overrides, "data.num_workers=0", f"train.max_steps={steps}"]
     if not torch.cuda.is_available():
         chosen.append("cluster.gpu=cpu")
@@ -117,19 +123,29 @@ def one(name: str, steps: int, data: Path) -> dict[str, int]:
     }
 
 
-def write_codes(folder: Path) -> None:
-    """The embedded emoji as `cantata tokenize` would leave them, with 8 x 8 codes that are random."""
-    names = parquet.read_table(asset("embedded:twemoji.parquet"), columns=["name"])["name"].to_pylist()
-    random = np.random.default_rng(0)
-    records = []
+def write_data(folder: Path) -> None:
+    """The embedded emoji: with sentences as NLVR has them, and as random codes that `tokenize` leaves."""
+    emoji = parquet.read_table(asset("embedded:twemoji.parquet"), columns=["image", "name"])
+    names = emoji["name"].to_pylist()
+    sentences = [
+        f"There is one {name} and no {other}." for name, other in zip(names, names[::-1], strict=True)
+    ]
+    drawings = {
+        "image": emoji["image"],
+        "sentence": sentences,
+        "label": ["True", "False"] * (len(names) // 2),
+    }
+    parquet.write_table(arrow.table(drawings), folder / "drawings.parquet")
+    random, records = np.random.default_rng(0), []
     for index, name in enumerate(names):
         grid = random.integers(1024, size=(1, 8, 8))
         records.append(to_record(index, Document((Codes(grid), name)), [grid]))
-    (folder / "emoji").mkdir()
-    parquet.write_table(arrow.Table.from_pylist(records, schema=SCHEMA), folder / "emoji" / "00000.parquet")
+    shard = folder / "codes" / "emoji" / "00000.parquet"
+    shard.parent.mkdir(parents=True)
+    parquet.write_table(arrow.Table.from_pylist(records, schema=SCHEMA), shard)
     described = {"samples": len(names), "shards": 1}
     manifest = {"tokenizer": "random", "num_codes": 1024, "sources": {"emoji": described}}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / "codes" / MANIFEST).write_text(json.dumps(manifest))
 
 
 def in_a_process(name: str, steps: int, data: Path) -> dict[str, Any]:
@@ -173,7 +189,7 @@ def main() -> None:
         return
     print(harness.environment())
     with tempfile.TemporaryDirectory() as data:
-        write_codes(Path(data))
+        write_data(Path(data))
         compare(given.only or (QUICK if given.quick else list(EXPERIMENTS)), steps, Path(data))
 
 

@@ -8,7 +8,17 @@ from cantata.core.errors import ConfigError
 from cantata.models.protocol import Trainable
 from cantata.parallel.recompute import Recompute
 from cantata.tools.plan import read_stage
-from cantata.train.find import HEADROOM, SHOWN, Candidate, Search, candidates, find, step_seconds
+from cantata.train.find import (
+    HEADROOM,
+    SHOWN,
+    Candidate,
+    Search,
+    candidates,
+    find,
+    marked,
+    memory_of,
+    step_seconds,
+)
 from cantata.train.memory import GIB
 from cantata.train.plan import make_plan
 from cantata.train.stage import Stage, build_model
@@ -53,6 +63,8 @@ def test_what_is_found_fits_and_the_fastest_is_first() -> None:
     roomy = search(10.0)
     assert len(roomy.fitting) == SHOWN
     times = [found.step_seconds for found in roomy.fitting]
+    # A way that only repeats more of the same is none of its own.
+    assert len({one.candidate._replace(recompute=Recompute.none) for one in roomy.fitting}) == SHOWN
     assert times == sorted(times)
     # Where all fits nothing is computed twice.
     assert roomy.fitting[0].candidate.recompute is Recompute.none
@@ -86,7 +98,21 @@ def test_what_needs_more_than_what_failed_is_not_tried() -> None:
     assert base._replace(recompute=Recompute.none).needs_no_less(base)
     assert not base._replace(recompute=Recompute.full).needs_no_less(base)
     assert not base._replace(micro_batch_size=2).needs_no_less(base)
+    assert not base._replace(ep=4).needs_no_less(base)
+    assert base.needs_no_less(base._replace(ep=4))
     assert not base._replace(ep=1).needs_no_less(base)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "lora"])
+def test_experts_that_are_spread_further_need_no_more(kind: str) -> None:
+    chosen = stage("model.weights=null", kind=kind)
+    model = marked(chosen)
+    sizes = [
+        memory_of(chosen, model, Candidate(ep, recompute, 4, 1)).total
+        for recompute in Recompute
+        for ep in (2, 4)
+    ]
+    assert all(wide >= narrow for wide, narrow in zip(sizes[::2], sizes[1::2], strict=True))
 
 
 @pytest.mark.parametrize(("kind", "more"), [("pretrain", 4 / 3), ("lora", 3 / 2)])

@@ -57,11 +57,23 @@ class Candidate(NamedTuple):
             f"train.recompute={self.recompute.value}",
         ]
 
+    @property
+    def repeats(self) -> int:
+        """How much is computed again, as a rank."""
+        return list(Recompute).index(self.recompute)
+
     def needs_no_less(self, other: Candidate) -> bool:
-        """Whether it surely needs as much memory as the other: as much at once, and forgets no more."""
-        order = list(Recompute)
-        forgets = order.index(self.recompute) <= order.index(other.recompute)
-        return self.ep == other.ep and self.micro_batch_size >= other.micro_batch_size and forgets
+        """Whether it surely needs as much memory as the other.
+
+        It does with as many rows, where it forgets no more, and where the experts are spread as far or less.
+        On one rank alone (`ep` 1) no rows travel, so that compares with itself.
+        """
+        spread = self.ep == other.ep or 1 < self.ep < other.ep
+        return spread and self.micro_batch_size >= other.micro_batch_size and self.repeats <= other.repeats
+
+    def only_repeats_more(self, other: Candidate) -> bool:
+        """Whether it is the other but for what it computes again."""
+        return self._replace(recompute=other.recompute) == other and self.repeats > other.repeats
 
 
 class Found(NamedTuple):
@@ -90,19 +102,19 @@ def find(stage: Stage) -> Search:
     """
     cluster = stage.cluster
     if cluster.limit_gib is None or cluster.gpu is None or find_gpu(cluster.gpu) is None:
-        raise ConfigError(
-            "cantata plan --find needs cluster.gpu, the name of a GPU, such as cluster.gpu=h100"
-        )
+        raise ConfigError("--find needs cluster.gpu, the name of a GPU, such as cluster.gpu=h100")
     validate(stage.mesh, cluster.gpus)
-    model = _model(stage)
+    model = marked(stage)
     ways = list(candidates(stage, model))
     times = {way: step_seconds(stage, model, way) for way in ways}
     fitting: list[Found] = []
     failed: list[Found] = []
-    for way in sorted(ways, key=lambda way: (times[way], list(Recompute).index(way.recompute))):
+    for way in sorted(ways, key=lambda way: (times[way], way.repeats)):
         if any(way.needs_no_less(found.candidate) for found in failed):
             continue
-        found = Found(way, _memory(stage, model, way), times[way])
+        if any(way.only_repeats_more(found.candidate) for found in fitting):
+            continue
+        found = Found(way, memory_of(stage, model, way), times[way])
         fits = found.memory.total <= HEADROOM * cluster.limit_gib * GIB
         (fitting if fits else failed).append(found)
         if len(fitting) == SHOWN:
@@ -159,15 +171,16 @@ def _shared_bytes(model: Trainable, layout: Layout, mesh: MeshSizes) -> float:
     return gathered * 2 * layout.compute_dtype.itemsize + trained * FP32
 
 
-def _memory(stage: Stage, model: Trainable, way: Candidate) -> MemoryEstimate:
+def memory_of(stage: Stage, model: Trainable, way: Candidate) -> MemoryEstimate:
+    """The estimate of the start-up report, on a likely micro-batch."""
     chosen, steps = _with(stage, way), way.gradient_accumulation_steps
     assert isinstance(model, nn.Module)
     batch = likely(chosen, model)
     return estimate_memory(model, _layout(chosen), batch, way.recompute, META, steps)
 
 
-def _model(stage: Stage) -> Trainable:
-    """With what is frozen marked."""
+def marked(stage: Stage) -> Trainable:
+    """The model of a stage, with what is frozen marked."""
     model = build_model(stage)
     parameter_groups(model, stage.parameters, *optimizer_defaults(build(stage.optimizer)))
     assert isinstance(model, Trainable)

@@ -46,7 +46,7 @@ GIB = 2**30
 MOMENTS = 2
 """Values that Adam keeps for each parameter."""
 FP32 = 4
-OCCASIONAL = ("logits", "all_to_all", "packed")
+OCCASIONAL = ("all_to_all", "packed")
 """Parts of the estimate that are worth a line only where they are not 0."""
 
 
