@@ -6,7 +6,8 @@ AIMv2's paper (arXiv:2411.14402, table 9) orders them: pixels alone < captions r
 under a prefix mask < both. Each run is `cantata pretrain experiment=aimv2_mini` with another objective and as
 many steps, on captions that are names alone. Then `cantata probe` trains an attentive probe on the frozen
 encoder to tell the ten groups of emoji, which no caption names; a fifth of the images is held out from both.
-An encoder that has learned nothing is probed as well. All in fp32. There is no peer: nobody else trains these.
+An encoder that has learned nothing is probed as well. All in fp32. There is no peer: nobody else trains
+these.
 """
 
 from __future__ import annotations

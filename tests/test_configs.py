@@ -108,7 +108,9 @@ def test_every_option_of_every_group_binds(choice: str) -> None:
     assert loaded(choice).seed == 1234
 
 
-@pytest.mark.parametrize("stage", [name for name in options("experiment") if name.startswith("aria_25b")])
+@pytest.mark.parametrize(
+    "stage", [name for name in options("experiment") if name.startswith("aria_25b_stage")]
+)
 def test_what_only_the_user_has_is_asked_for_by_name(stage: str) -> None:
     node, origins = composed(f"experiment={stage}")
     with pytest.raises(ConfigError) as caught:

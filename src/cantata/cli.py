@@ -5,13 +5,14 @@ Nothing heavy is imported before the verb is known, so that `cantata --help` ans
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cantata import __version__
 from cantata.core.errors import CantataError
@@ -118,7 +119,7 @@ def _run(verb: Verb, arguments: list[str]) -> int:
         return 0
     assert verb.module is not None
     try:
-        code: int = import_module(verb.module).main(arguments)
+        code: int = _imported(verb.module).main(arguments)
     except CantataError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
@@ -126,3 +127,13 @@ def _run(verb: Verb, arguments: list[str]) -> int:
         sys.stderr.write("error: interrupted\n")
         return 130
     return code
+
+
+def _imported(name: str) -> Any:
+    """A module, without looks for garbage among all that it brings, which take a fifth of the time."""
+    gc.disable()
+    try:
+        return import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -14,8 +14,9 @@ from cantata.core.config import compose, load
 from cantata.core.types import StepTotals
 from cantata.models.protocol import LanguageModel
 from cantata.train.fsdp2 import FSDP2Engine
+from cantata.train.likely import likely_batch
 from cantata.train.objectives import NextToken
-from cantata.train.plan import likely_batch, make_plan
+from cantata.train.plan import make_plan
 from cantata.train.stage import PretrainStage, build_engine, build_model
 from tests.distributed.spawn import run_ranks
 

@@ -97,7 +97,8 @@ def test_data_that_do_not_come_are_named(
     monkeypatch: pytest.MonkeyPatch,
     workers: int,
 ) -> None:
-    reading, init, slept, told_once = Marks.reading, StallWatch.__init__, set[tuple[int, int]](), tmp_path / "told"
+    reading, init = Marks.reading, StallWatch.__init__
+    slept, told_once = set[tuple[int, int]](), tmp_path / "told"
 
     @contextmanager
     def slow(self: Marks, worker: int, place: Place) -> Iterator[None]:

@@ -31,11 +31,20 @@ SHAPE = {
         "optimizer": int,
         "gathered": int,
         "activations": int,
+        "logits": int,
+        "all_to_all": int,
+        "packed": int,
         "total": int,
     },
     "all_to_all": {"rows": int, "bytes": int, "buffer_bytes": int, "per_step": int, "bytes_per_step": int},
     "flops_per_step": float,
     "flops_per_step_per_rank": float,
+    "gpu": str,
+    "mfu": float,
+    "step_seconds": float,
+    "hours": float,
+    "gpu_hours": float,
+    "tokens_per_second_per_gpu": float,
     "memory_gib": float,
     "fits": bool,
     "notes": list,
@@ -47,7 +56,10 @@ def shape_of(value: Any) -> Any:
 
 
 def test_json_has_stable_names(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "pretrain", *SMALL, "--json", *RANKS, "cluster.memory_gib=0.5"]) == 0
+    assert (
+        main(["plan", "pretrain", *SMALL, "--json", *RANKS, "cluster.gpu=h100", "cluster.memory_gib=0.5"])
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert shape_of(found) == SHAPE
     assert found["mesh"] == {"dp_replicate": 1, "dp_shard": 4, "ep": 2, "efsdp": 2}
@@ -103,9 +115,10 @@ def test_overlays_of_ones_own(tmp_path: Path) -> None:
         (("pretrian",), "pretrian is no stage that can be planned; nearest: pretrain"),
         (("pretrain", "--jsn"), "cantata plan: unrecognized arguments: --jsn"),
         (
-            ("pretrain", "cluster.gpu=8"),
-            "override 'cluster.gpu=8': cluster.gpu is not a known key; nearest: cluster.gpus",
+            ("pretrain", "cluster.gups=8"),
+            "override 'cluster.gups=8': cluster.gups is not a known key; nearest: cluster.gpus",
         ),
+        (("pretrain", "cluster.gpu=h1000"), "cluster.gpu=h1000 is no GPU that is known; nearest: h100"),
         (("pretrain", "cluster.gpus=none"), "override 'cluster.gpus=none': cluster.gpus must be an integer"),
         (("pretrain", "cluster.gpus=0"), "cluster.gpus=0 must be at least 1"),
         (("pretrain", "--config-dir", "nowhere"), "--config-dir nowhere is no folder"),
@@ -118,6 +131,9 @@ def test_overlays_of_ones_own(tmp_path: Path) -> None:
             "mesh.ep=3 must divide the number of experts (16)",
         ),
         (("pretrain", "seed=???"), "override 'seed=???': seed must be given"),
+        (("pretrain", "--find"), "--find needs cluster.gpu, the name of a GPU, such as cluster.gpu=h100"),
+        (("pretrain", "--find", "--batches", "2"), "--find tries micro-batches of many sizes"),
+        (("pretrain", "--batches", "-1"), "--batches -1 must be at least 0"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -128,3 +144,80 @@ def test_bad_input_is_one_line(
     assert shown.out == ""
     assert shown.err.startswith(f"error: {line}")
     assert shown.err.count("\n") == 1
+
+
+HOURS = ("step_seconds", "hours", "gpu_hours", "tokens_per_second_per_gpu")
+
+
+def test_a_named_gpu_says_how_long_and_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "pretrain", *SMALL, *RANKS, "cluster.gpu=l40s", "train.max_steps=1000"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "s a step at MFU 0.4" in shown
+    assert "on each l40s; 1,000 steps:" in shown
+    assert "fits into 48 GiB" in shown
+    assert main(["plan", "pretrain", *SMALL, *RANKS, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [found[key] for key in (*HOURS, "gpu", "memory_gib")] == [None] * 6
+
+
+def test_the_data_are_read_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = []
+    for batches in ("0", "2"):
+        assert main(["plan", "pretrain", *SMALL, "cluster.gpu=cpu", "--json", "--batches", batches]) == 0
+        counts.append(json.loads(capsys.readouterr().out)["micro_batch"]["images"])
+    assert counts[0] == 8
+    assert counts[1] not in (0, 8)
+    assert main(["plan", "pretrain", "experiment=aria_25b_stage1", "--batches", "2"]) == 2
+    assert "data.sources.text.dataset.path" in capsys.readouterr().err
+
+
+FOUND = {
+    "name": str,
+    "ranks": int,
+    "gpu": str,
+    "mfu": float,
+    "memory_gib": float,
+    "headroom": float,
+    "link_bytes_per_second": float,
+    "candidates": int,
+    "found": list,
+    "smallest": {
+        "micro_batch_size": int,
+        "gradient_accumulation_steps": int,
+        "ep": int,
+        "recompute": str,
+        "memory": SHAPE["memory"],
+        "step_seconds": float,
+        "overrides": list,
+    },
+}
+
+
+def test_ways_that_fit_are_found(capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = ("cluster.gpu=h100", "cluster.memory_gib=10.0", "cluster.gpus=2")
+    assert main(["plan", "pretrain", *SMALL, *cluster, "--find", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert shape_of(found) == FOUND
+    assert [shape_of(one) for one in found["found"]] == [FOUND["smallest"]] * len(found["found"])
+    assert main(["plan", "pretrain", *SMALL, *cluster, "--find"]) == 0
+    shown = capsys.readouterr().out
+    assert "cantata plan pretrain --find: pretrain" in shown
+    assert " ".join(found["found"][0]["overrides"]) in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 88
+
+
+def test_where_nothing_fits_the_least_is_said_and_what_else_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = ("cluster.gpu=h100", "cluster.memory_gib=0.001")
+    assert main(["plan", "pretrain", *SMALL, *cluster, "--find"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "nothing fits into 90% of 0.001 GiB; the least that was found:" in shown
+    assert "more ranks (cluster.gpus)" in shown
+
+
+@pytest.mark.slow
+def test_a_large_plan_takes_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "lora", "experiment=aria_25b_lora", "mesh.ep=8", "cluster.gpus=64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"]["trained"] < 0.01 * found["parameters"]["total"]
+    # In forward, in recomputation and in backward, there and back, in 28 layers of 2 micro-batches.
+    assert found["all_to_all"]["per_step"] == 3 * 2 * 28 * 2

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cantata.train.flops import device_name, model_flops_utilisation, peak_flops
+from cantata.train.flops import GPUS, device_name, find_gpu, model_flops_utilisation, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,12 @@ from cantata.train.flops import device_name, model_flops_utilisation, peak_flops
 )
 def test_devices_are_told_apart(name: str, tflops: float) -> None:
     assert peak_flops(name) == tflops * 1e12
+
+
+def test_every_gpu_is_found_by_its_own_name() -> None:
+    """No entry stands behind one that takes its name."""
+    for name, gpu in GPUS.items():
+        assert find_gpu(name.lower()) is gpu
 
 
 def test_an_unknown_device_has_no_peak_and_no_utilisation() -> None:

@@ -13,6 +13,7 @@ from cantata.parallel.recompute import Recompute
 from cantata.train.ema import AdamWithEMA
 from cantata.train.memory import (
     Resting,
+    UnitElements,
     estimate_memory,
     fsdp2_layout,
     gathered_bytes,
@@ -137,8 +138,21 @@ def test_with_more_ranks_for_the_experts_a_rank_holds_and_gathers_fewer() -> Non
 
 def test_the_largest_unit_is_gathered_with_the_one_behind_it() -> None:
     layout = fsdp2_layout(Precision.bf16, StateDtype.fp32, Offload.none, shards=2, ep=1)
-    assert gathered_bytes(layout, [10, 100, 20]) == 100 * (2 + 2 + 2 + 4)
-    assert gathered_bytes(zero_layout(1, Precision.bf16, Offload.none, 2, 1), [10, 100, 20]) == 100 * (2 + 4)
+    units = [UnitElements(10, 10), UnitElements(100, 100), UnitElements(20, 20)]
+    assert gathered_bytes(layout, units) == 100 * (2 + 2 + 2 + 4)
+    zero = zero_layout(1, Precision.bf16, Offload.none, 2, 1)
+    assert gathered_bytes(zero, units) == 100 * (2 + 4)
+    # Frozen weights are gathered, too, but have no gradient.
+    assert gathered_bytes(layout, [UnitElements(100, 5)]) == 100 * (2 + 2) + 5 * (2 + 4)
+    assert gathered_bytes(zero, [UnitElements(100, 5)]) == 5 * (2 + 4)
+
+
+def test_one_rank_that_computes_in_what_it_keeps_copies_nothing() -> None:
+    engine = {"precision": "fp32", "state_dtype": "fp32", "offload": "none"}
+    alone = layout_of(engine, ADAM, MeshSizes(dp_replicate=1, dp_shard=1, ep=1))
+    assert gathered_bytes(alone, [UnitElements(100, 100)]) == 0
+    two = layout_of(engine, ADAM, MeshSizes(dp_replicate=2, dp_shard=1, ep=1))
+    assert gathered_bytes(two, [UnitElements(100, 100)]) == 100 * (4 + 4 + 4 + 4)
 
 
 def test_shards_round_up() -> None:

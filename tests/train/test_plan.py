@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +17,13 @@ from cantata.models.protocol import LanguageModel
 from cantata.nn.lora import is_factor
 from cantata.parallel.fsdp import shard_dimension
 from cantata.tools.plan import read_stage
+from cantata.train.likely import META, likely_batch
 from cantata.train.memory import GIB, estimate_memory, layout_of
-from cantata.train.plan import META, Plan, likely_batch, make_plan
+from cantata.train.plan import Plan, make_plan
 from cantata.train.stage import PretrainStage, build_model
 from tests.train.test_stage import TINY
 
+ROOT = Path(__file__).resolve().parents[2]
 MINI = ("train.micro_batch_size=1", "train.sequence_length=256")
 ROUTED = ("experts.fc1", "experts.fc2")
 
@@ -236,3 +242,13 @@ def test_a_tokenizers_plan_says_what_it_leaves_out() -> None:
     assert not make_plan(read_stage("vq", (), None)).notes
     heard = make_plan(read_stage("vq", (*judged[:1], "train.max_steps=1501"), None)).notes
     assert heard == ["critic: no part of the memory above"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["emoji_lora", "aimv2_mini_lit", "emoji_vq"])
+def test_the_plan_is_near_what_steps_really_take(name: str) -> None:
+    """In a process of its own, as another one's memory would count; on the run's own data."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "plan_memory.py"), "--one", name, "--steps", "2"]
+    done = subprocess.run([*command, "--data", "."], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["plan"] == pytest.approx(found["measured"], rel=0.1)

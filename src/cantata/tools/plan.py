@@ -1,13 +1,15 @@
 """`cantata plan STAGE [overrides]`: what a run would hold, send and compute on any number of ranks.
 
 It needs no device, no weights and no data: files that a config names are not opened, and those that it leaves
-to the user need not be given.
+to the user need not be given, unless `--batches` asks for the data.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ from cantata.core.errors import ConfigError
 from cantata.core.schema import dotted
 from cantata.core.suggest import hint
 from cantata.core.target import TARGET
+from cantata.tools import plan_find
 from cantata.tools.arguments import Parser
 from cantata.train import humane, startup
+from cantata.train.find import find
+from cantata.train.hours import Hours
 from cantata.train.plan import Plan, make_plan
 from cantata.train.stage import FineTuneStage, LoRAStage, PretrainStage, Stage
 from cantata.train.startup import GroupRow
@@ -34,13 +39,19 @@ STAGES: dict[str, type[Stage]] = {
     "lora": LoRAStage,
     "vq": TokenizerStage,
 }
-UNREAD = ("data.", "collator.", "model.weights", "perceptual.")
+OF_DATA = ("data.", "collator.")
+UNREAD = ("model.weights", "model.vision_weights", "model.vision.weights", "perceptual.")
 """Where a config may leave values to the user that a plan has no use for."""
 STAND_IN = "not-read-by-plan"
 
 
-def read_stage(name: str, overrides: Sequence[str], config_dir: Path | None) -> Stage:
-    """The stage's config as training composes it; raises `ConfigError`."""
+def read_stage(
+    name: str, overrides: Sequence[str], config_dir: Path | None, *, with_data: bool = False
+) -> Stage:
+    """The stage's config as training composes it; raises `ConfigError`.
+
+    with_data: whether the data will be read, and so must be said.
+    """
     if name not in STAGES:
         raise ConfigError(f"{name} is no stage that can be planned{hint(name, STAGES)}")
     if config_dir is not None and not config_dir.is_dir():
@@ -48,7 +59,7 @@ def read_stage(name: str, overrides: Sequence[str], config_dir: Path | None) -> 
     search = [] if config_dir is None else [f"hydra.searchpath=[file://{config_dir.absolute()}]"]
     node, origins = compose(name, [*search, *overrides])
     for key in map(dotted, missing_keys(OmegaConf.to_container(node))):
-        if key.startswith(UNREAD):
+        if key.startswith(UNREAD if with_data else UNREAD + OF_DATA):
             OmegaConf.update(node, key, STAND_IN)
     return load(node, STAGES[name], origins)
 
@@ -79,7 +90,7 @@ def figures(kind: str, stage: Stage, plan: Plan) -> dict[str, Any]:
             "active": trained + frozen if plan.experts is None else plan.experts.active_parameters,
             "groups": [group._asdict() for group in plan.groups],
         },
-        "memory": {**memory.parts(), "total": memory.total},
+        "memory": {**asdict(memory), "total": memory.total},
         "all_to_all": None
         if traffic is None
         else {
@@ -91,6 +102,9 @@ def figures(kind: str, stage: Stage, plan: Plan) -> dict[str, Any]:
         },
         "flops_per_step": plan.flops_per_step,
         "flops_per_step_per_rank": plan.flops_per_step / plan.ranks,
+        "gpu": stage.cluster.gpu,
+        "mfu": stage.cluster.mfu,
+        **(dict.fromkeys(Hours._fields) if plan.hours is None else plan.hours._asdict()),
         "memory_gib": plan.limit_gib,
         "fits": plan.fits,
         "notes": plan.notes,
@@ -113,6 +127,8 @@ def render(kind: str, stage: Stage, plan: Plan) -> RenderableType:
         ("rank", f"{batches} of {plan.tokens_per_micro_batch:,} {token}, {images}"),
         ("recompute", stage.train.recompute.value),
     ]
+    if plan.hours is not None:
+        facts.append(("time", _time(stage, plan.hours)))
     if plan.experts is not None:
         facts.append(("experts", startup.experts_text(plan.experts)))
     if plan.traffic is not None:
@@ -125,6 +141,13 @@ def render(kind: str, stage: Stage, plan: Plan) -> RenderableType:
         *(Text(f"  {line}", overflow="fold") for line in (*_fit(plan), *plan.notes)),
     ]
     return RichGroup(*parts)
+
+
+def _time(stage: Stage, hours: Hours) -> str:
+    cluster, steps = stage.cluster, stage.train.max_steps
+    rate = f"{humane.count(hours.tokens_per_second_per_gpu)} tok/s on each {cluster.gpu}"
+    whole = f"{humane.duration(hours.hours * 3600)}, {humane.hours(hours.gpu_hours)} GPU hours"
+    return f"{hours.step_seconds:.3g} s a step at MFU {cluster.mfu:g}, {rate}; {steps:,} steps: {whole}"
 
 
 def _group_rows(plan: Plan) -> list[GroupRow]:
@@ -146,15 +169,38 @@ def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="cantata plan", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("stage", metavar="STAGE", help=f"one of {', '.join(STAGES)}")
     parser.add_argument(
-        "overrides", nargs="*", default=[], help="as of the stage, and cluster.gpus, cluster.memory_gib"
+        "overrides",
+        nargs="*",
+        default=[],
+        help="as of the stage, and cluster.gpus, cluster.gpu, cluster.memory_gib, cluster.mfu",
+    )
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=0,
+        metavar="N",
+        help="read the first N micro-batches of the data, and plan for the largest of them",
     )
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder with overlays of your own")
+    parser.add_argument(
+        "--find",
+        action="store_true",
+        help="look for micro-batch, mesh.ep and train.recompute that fit the memory, the fastest first",
+    )
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object")
     given = parser.parse_intermixed_args(list(arguments))
-    stage = read_stage(given.stage, given.overrides, given.config_dir)
-    plan = make_plan(stage)
-    if given.json:
-        print(json.dumps(figures(given.stage, stage, plan), indent=2))
+    if given.find and given.batches:
+        raise ConfigError(
+            "--find tries micro-batches of many sizes, none of which is read; leave out --batches"
+        )
+    if given.batches < 0:
+        raise ConfigError(f"--batches {given.batches} must be at least 0")
+    stage = read_stage(given.stage, given.overrides, given.config_dir, with_data=given.batches > 0)
+    if given.find:
+        search = find(stage)
+        content, text = plan_find.figures(search, stage), plan_find.render(given.stage, stage, search)
     else:
-        print(startup.plain(render(given.stage, stage, plan)), end="")
+        plan = make_plan(stage, given.batches)
+        content, text = figures(given.stage, stage, plan), render(given.stage, stage, plan)
+    sys.stdout.write(json.dumps(content, indent=2) + "\n" if given.json else startup.plain(text))
     return 0

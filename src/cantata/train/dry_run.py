@@ -8,18 +8,15 @@ packing and the head's chunks by itself. It works because no forward of ours loo
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from cantata.core.types import Batch, Images, ModelOutput, PixelBatch, Segments
 from cantata.models.protocol import (
@@ -32,9 +29,21 @@ from cantata.models.protocol import (
     TokenizerOutput,
     Trainable,
 )
+from cantata.nn.head import LanguageHead
 from cantata.nn.moe.balance import balance_loss
 from cantata.parallel.recompute import Recompute, apply_recompute
+from cantata.train.live_bytes import LiveBytes, Purpose
 from cantata.train.one_rank import Elements, expert_ids
+from cantata.train.repeated import equal_blocks, shorten
+
+
+class Peak(NamedTuple):
+    """Bytes at the moment at which most are alive."""
+
+    total: int
+    logits: int
+    """Of `total`: see `Purpose`."""
+    all_to_all: int
 
 
 def peak_activation_bytes(
@@ -44,8 +53,10 @@ def peak_activation_bytes(
     recompute: Recompute,
     device: torch.device,
     gradient_bytes: Callable[[Elements], int],
-) -> int:
-    """Most bytes alive at once in forward and backward, weights left out.
+    *,
+    every_block: bool = False,
+) -> Peak:
+    """Most bytes alive at once in forward and backward, the batch included, weights left out.
 
     A parameter's gradient counts from when it is made until it could be reduced, which is at once; what is
     left of it then is `gradient_bytes`.
@@ -57,32 +68,47 @@ def peak_activation_bytes(
         device: whose code paths to follow. The meta device stands in for all but the CPU: it takes the
             paths of accelerators.
         gradient_bytes: bytes that stay of a gradient of so many elements.
+        every_block: run all of a model's equal blocks, which finds the same and takes longer.
     """
     assert isinstance(model, nn.Module)
     stand_in = copy.deepcopy(model).to(compute_dtype)
     on_cpu = device.type == "cpu"
+    predicted = batch.images.predicted() if isinstance(batch, Batch) else None
     with FakeTensorMode() if on_cpu else nullcontext():
         if on_cpu:
             _onto_fake_cpu(stand_in)
+        live, experts = LiveBytes(), expert_ids(stand_in)
         for unit in stand_in.units():
             _fuse_attention(unit.module)
             if unit.is_block:
                 apply_recompute(unit.module, recompute)
-        if isinstance(batch, Batch) and not isinstance(model, ReadsAcross):
-            batch = _few_segments(batch)
-        batch = _without_values(batch, "cpu" if on_cpu else "meta")
-        live, experts = _LiveBytes(), expert_ids(stand_in)
+        for module in stand_in.modules():
+            if isinstance(module, LanguageHead):
+                live.during(module, Purpose.logits)
+
+        def bytes_of_gradients(module: nn.Module) -> int:
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            return sum(gradient_bytes(Elements.of([parameter], experts)) for parameter in trained)
+
+        # Where layers are told apart by their number, every one must run.
+        for run in [] if every_block or isinstance(model, ReadsAcross) else equal_blocks(stand_in.units()):
+            shorten(run, live, bytes_of_gradients)
 
         def reduce_gradient(parameter: Tensor) -> None:
-            live.add(gradient_bytes(Elements.of([parameter], experts)))
+            live.add(gradient_bytes(Elements.of([parameter], experts)), Purpose.gradients)
             parameter.grad = None
 
         for parameter in stand_in.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(reduce_gradient)  # type: ignore[no-untyped-call]
+        if isinstance(batch, Batch) and not isinstance(model, ReadsAcross):
+            batch = _few_segments(batch)
         with live:
+            batch = _without_values(batch, "cpu" if on_cpu else "meta")
+            if isinstance(batch, Batch):
+                _predict(batch.images, predicted)
             _loss(stand_in, batch).backward()  # type: ignore[no-untyped-call]
-    return live.peak
+    return Peak(live.peak, live.at_peak[Purpose.logits], live.at_peak[Purpose.all_to_all])
 
 
 def synthetic_batch(
@@ -186,6 +212,12 @@ def _without_values(record: Any, device: str) -> Any:
     return changed
 
 
+def _predict(images: Images, predicted: tuple[Tensor, Tensor] | None) -> None:
+    """How many patches are predicted follows from lengths alone, but torch would look for them by values."""
+    shapes = tuple(torch.empty(part.shape, dtype=part.dtype) for part in predicted or ())
+    images.predicted = lambda: shapes  # type: ignore[assignment,method-assign,return-value]
+
+
 def _fuse_attention(module: nn.Module) -> None:
     """Replace the forward itself, so that the attention is the same when backward recomputes it."""
     forward = module.forward
@@ -204,47 +236,10 @@ class _FusedAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
+            q, k, v = args[:3]
+            if q.device.type == "meta" and q.shape[1] != k.shape[1]:
+                # As before the kernel of CUDA, which takes a key for each query.
+                repeats = q.shape[1] // k.shape[1]
+                k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
         return func(*args, **(kwargs or {}))
-
-
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of every storage that an operator makes, for as long as it lives."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = 0
-        self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = [x.untyped_storage() for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
-        run = _grouped_product if func is torch.ops.aten._grouped_mm.default else func
-        result = run(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor) and not any(value.untyped_storage() is storage for storage in given):
-                self._track(value.untyped_storage())
-        return result
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        size = storage.nbytes()
-        self._known.add(storage)
-        self.add(size)
-        weakref.finalize(storage, self.add, -size)
-
-    def add(self, size: int) -> None:
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-def _grouped_product(left: Tensor, right: Tensor, offs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The result's shape, in any dtype: torch's own version for tensors without storage takes bf16 alone.
-
-    Two matrices are cut along what they share, one product for each group; else each group has its matrix.
-    """
-    groups = (offs.numel(),) if left.dim() == right.dim() == 2 else ()
-    return left.new_empty(*groups, left.shape[-2], right.shape[-1])

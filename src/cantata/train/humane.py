@@ -50,6 +50,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def hours(number: float) -> str:
+    """0.12, 3.40, 17, 25,600."""
+    return _three_figures(number) if number < 10 else f"{number:,.0f}"
+
+
 def value(number: float | None, form: str) -> str:
     """A formatted number, or a dash where there is none."""
     return "-" if number is None else format(number, form)

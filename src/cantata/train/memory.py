@@ -7,8 +7,11 @@ The estimate is a sum of these parts:
     optimizer    moments, fp32 masters and averages of the trained parameters
     gathered     what sharding brings together at once, see `gathered_bytes`, and the largest packed weight
                  while it is in use
-    activations  what forward and backward hold beyond that when they hold most, logits and the rows that
-                 travel to experts included: a dry run
+    activations  what forward and backward hold beyond that when they hold most, the batch included: a dry run
+    logits       of that what the language head makes, a few rows at a time: logits, their softmax, and the
+                 gradients that follow from them
+    all_to_all   of that the rows that leave for the experts of other ranks, and those that came, kept for
+                 backward or not
     packed       weights that `lora.quantize_base` packs, whole on every rank
 
 With `mesh.ep` a rank holds num_experts / ep experts of each layer, sharded among fewer ranks than the rest.
@@ -20,8 +23,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +46,8 @@ GIB = 2**30
 MOMENTS = 2
 """Values that Adam keeps for each parameter."""
 FP32 = 4
+OCCASIONAL = ("all_to_all", "packed")
+"""Parts of the estimate that are worth a line only where they are not 0."""
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -79,6 +84,8 @@ class Layout:
     """Everything the optimizer keeps for a trained parameter, fp32 masters included."""
     gathers: bool
     """Weights are brought together unit by unit, as they are used."""
+    reduces: bool
+    """Gradients are copied to fp32 and summed, unit by unit; else they stay where backward makes them."""
     ep: int
     """Ranks that the experts are spread over."""
 
@@ -95,7 +102,7 @@ def fsdp2_layout(
     each = {StateDtype.fp32: 4, StateDtype.bf16: 2}[state_dtype]
     resting = Resting(0 if offload is Offload.parameters else each, shards, shards // ep)
     states = resting._replace(bytes_each=MOMENTS * resting.bytes_each)
-    return Layout(_dtype(precision), resting, resting, states, gathers=True, ep=ep)
+    return Layout(_dtype(precision), resting, resting, states, gathers=True, reduces=True, ep=ep)
 
 
 def zero_layout(zero_stage: int, precision: Precision, offload: Offload, world_size: int, ep: int) -> Layout:
@@ -116,6 +123,7 @@ def zero_layout(zero_stage: int, precision: Precision, offload: Offload, world_s
         gradients=resting(FP32 if offload is Offload.none else 0, from_stage=2),
         states=resting(MOMENTS * FP32 + masters if offload is Offload.none else 0, from_stage=1),
         gathers=zero_stage == 3,
+        reduces=True,
         ep=ep,
     )
 
@@ -131,7 +139,7 @@ def layout_of(engine: Mapping[str, Any], optimizer: OptimizerPartial, mesh: Mesh
         layout = fsdp2_layout(precision, state_dtype, offload, mesh.dp_shard, mesh.ep)
         kept_as_computed = layout.weights.bytes_each == layout.compute_dtype.itemsize
         if mesh.dp_replicate * mesh.dp_shard == 1 and kept_as_computed:
-            layout = replace(layout, gathers=False)
+            layout = replace(layout, gathers=False, reduces=False)
     if not (keeps_averages(optimizer) and layout.states.bytes_each):
         return layout
     return replace(layout, states=layout.states._replace(bytes_each=layout.states.bytes_each + FP32))
@@ -141,15 +149,27 @@ def _dtype(precision: Precision) -> torch.dtype:
     return {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}[precision]
 
 
-def gathered_bytes(layout: Layout, unit_elements: Sequence[int]) -> int:
+class UnitElements(NamedTuple):
+    """Of the parameters of a unit."""
+
+    all: int
+    trained: int
+
+    @staticmethod
+    def of(parameters: Iterable[Tensor]) -> UnitElements:
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
+        return UnitElements(sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained))
+
+
+def gathered_bytes(layout: Layout, units: Iterable[UnitElements]) -> int:
     """The largest unit at work: its weights, those of one prefetched, its gradient, and that in fp32.
 
     The fp32 copy is what is reduced. Weights that are whole on every rank need no gathering, but their
-    gradient counts all the same.
+    gradient counts all the same, unless nothing is reduced.
     """
-    largest = max(unit_elements, default=0)
     weights = 2 * layout.compute_dtype.itemsize if layout.gathers else 0
-    return largest * (weights + layout.compute_dtype.itemsize + FP32)
+    gradient = layout.compute_dtype.itemsize + FP32 if layout.reduces else 0
+    return max((unit.all * weights + unit.trained * gradient for unit in units), default=0)
 
 
 @dataclass(frozen=True)
@@ -161,17 +181,18 @@ class MemoryEstimate:
     optimizer: int
     gathered: int
     activations: int
+    logits: int = 0
+    all_to_all: int = 0
     packed: int = 0
     """Of these `parameters` holds none: no engine shards or offloads them."""
 
     @property
     def total(self) -> int:
-        return sum(self.parts().values())
+        return sum(asdict(self).values())
 
     def parts(self) -> dict[str, int]:
-        """Without what hardly any run has."""
-        parts = {item.name: getattr(self, item.name) for item in fields(self)}
-        return parts if self.packed else {name: part for name, part in parts.items() if name != "packed"}
+        """Without what not every run has."""
+        return {name: part for name, part in asdict(self).items() if part or name not in OCCASIONAL}
 
 
 def estimate_memory(
@@ -185,7 +206,7 @@ def estimate_memory(
     """What a rank needs for a training step on micro-batches like `batch`.
 
     Gradients fill up while backward frees activations. Only a second micro-batch meets all of them, so
-    without accumulation the activations' part is what is left of the peak beside the gradients.
+    without accumulation the activations' parts are what is left of the peak beside the gradients.
 
     Args:
         model: whole and on the meta device, its frozen parameters marked; it stays as it is.
@@ -214,15 +235,20 @@ def estimate_memory(
     )
     resting = {id(parameter) for parameter in packed.values()}
     units = [
-        sum(p.numel() for p in unit.module.parameters() if id(p) not in resting) for unit in local.units()
+        UnitElements.of(p for p in unit.module.parameters() if id(p) not in resting) for unit in local.units()
     ]
+    left = peak.total if accumulates else max(0, peak.total - gradients)
+    all_to_all = min(peak.all_to_all, left)
+    logits = min(peak.logits, left - all_to_all)
     unpacked = max((weight.numel() for weight in packed.values()), default=0) * layout.compute_dtype.itemsize
     return MemoryEstimate(
         parameters=layout.weights.of(own) + layout.base.of(adapted),
         gradients=gradients,
         optimizer=layout.states.of(trained),
         gathered=gathered_bytes(layout, units) + unpacked,
-        activations=peak if accumulates else max(0, peak - gradients),
+        activations=left - logits - all_to_all,
+        logits=logits,
+        all_to_all=all_to_all,
         packed=sum(packed_bytes(weight.shape, packing(local)) for weight in packed.values()),
     )
 

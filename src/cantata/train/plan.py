@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,15 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cantata.core.build import build
-from cantata.core.errors import ConfigError
-from cantata.core.types import Batch, PixelBatch, Segments
+from cantata.core.types import Batch, PixelBatch
 from cantata.models.lora import base_names
 from cantata.models.protocol import (
-    ImageTokenizer,
-    LanguageModel,
-    PairEncoder,
-    PatchPredictor,
-    ReadsAcross,
     Trainable,
 )
 from cantata.parallel.fake_world import fake_world
@@ -28,12 +21,12 @@ from cantata.parallel.materialize import Index
 from cantata.parallel.mesh import MeshSizes, RankMesh, build_mesh, validate
 from cantata.parallel.plan import apply_plan
 from cantata.train import deepspeed, describe
-from cantata.train.dry_run import synthetic_batch
 from cantata.train.engine import Engine
+from cantata.train.hours import Hours, hours
+from cantata.train.likely import META, first_batches, likely
 from cantata.train.memory import GIB, Layout, MemoryEstimate, estimate_memory, layout_of
 from cantata.train.optim import (
     GroupSummary,
-    deciding_pattern,
     describe_groups,
     optimizer_defaults,
     parameter_groups,
@@ -43,14 +36,6 @@ from cantata.train.stage import LanguageStage, Stage, build_model
 from cantata.train.startup import Experts
 from cantata.train.tokenizer_stage import TokenizerStage
 from cantata.train.traffic import Traffic
-
-META = torch.device("meta")
-CHANNELS = 3
-IMAGE_PATH = ("vision.", "projector.")
-"""How the names of the parameters begin that only images reach."""
-IMAGE_KEYS = {"image_size", "patch_size", "features_per_image"}
-TOKENS_PER_IMAGE = 512
-"""How many tokens there are for each image that is one of them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +47,7 @@ class Plan:
     groups: list[GroupSummary]
     experts: Experts | None
     images: int
-    """Images of a micro-batch of the dry run."""
+    """Images of the micro-batch that is planned for."""
     patches: int
     tokens_per_micro_batch: int
     """Of a rank."""
@@ -74,6 +59,8 @@ class Plan:
     traffic: Traffic | None
     flops_per_step: float
     """Forward and backward operations of all ranks, without what is computed again."""
+    hours: Hours | None
+    """None where no GPU is named."""
     notes: list[str]
     """What stands in the way of such a run."""
 
@@ -83,8 +70,11 @@ class Plan:
         return None if self.limit_gib is None else self.memory.total <= self.limit_gib * GIB
 
 
-def make_plan(stage: Stage) -> Plan:
-    """The plan of a stage on `cluster.gpus` ranks; neither data nor weights are read.
+def make_plan(stage: Stage, read: int = 0) -> Plan:
+    """The plan of a stage on `cluster.gpus` ranks; neither weights nor, unless asked to, data are read.
+
+    Args:
+        read: micro-batches to read, and to plan for the largest of them; 0: for a likely one.
 
     Raises:
         ConfigError: what training would refuse as well.
@@ -96,20 +86,17 @@ def make_plan(stage: Stage) -> Plan:
     model = build_model(stage)
     assert isinstance(model, Trainable)
     groups = parameter_groups(model, stage.parameters, *optimizer_defaults(build(stage.optimizer)))
-    train = stage.train
-    batch: Batch | PixelBatch
-    if isinstance(stage, TokenizerStage):
-        batch = likely_images(stage, model)
-        length, images, patches = batch.codes_per_image, train.micro_batch_size, 0
-    else:
-        assert isinstance(stage, LanguageStage)
-        assert isinstance(model, LanguageModel)
-        batch = likely_batch(stage, model)
-        length, of_images = stage.train.sequence_length, batch.images.patches
-        images, patches = len(of_images.lengths), of_images.total
-    memory = estimate_memory(model, layout, batch, train.recompute, META, train.gradient_accumulation_steps)
+    train, steps = stage.train, stage.train.gradient_accumulation_steps
+    batches = first_batches(stage, model, read) if read else [likely(stage, model)]
+    device = torch.device("cpu") if stage.cluster.is_cpu else META
+    memory, batch = max(
+        ((estimate_memory(model, layout, batch, train.recompute, device, steps), batch) for batch in batches),
+        key=lambda found: found[0].total,
+    )
+    length, images, patches = _sizes(stage, batch)
     tokens = train.micro_batch_size * length
-    tokens_per_step = tokens * train.gradient_accumulation_steps * ranks
+    tokens_per_step = tokens * steps * ranks
+    flops_per_step = tokens_per_step * model.flops_per_token(length)
     return Plan(
         ranks=ranks,
         mesh=mesh,
@@ -120,11 +107,21 @@ def make_plan(stage: Stage) -> Plan:
         tokens_per_micro_batch=tokens,
         tokens_per_step=tokens_per_step,
         memory=memory if held is None else replace(memory, **held),
-        limit_gib=stage.cluster.memory_gib,
+        limit_gib=stage.cluster.limit_gib,
         traffic=describe.exchanged(stage, model, mesh) if isinstance(stage, LanguageStage) else None,
-        flops_per_step=tokens_per_step * model.flops_per_token(length),
+        flops_per_step=flops_per_step,
+        hours=hours(stage, flops_per_step, tokens_per_step),
         notes=_notes(stage),
     )
+
+
+def _sizes(stage: Stage, batch: Batch | PixelBatch) -> tuple[int, int, int]:
+    """Tokens of a row, or codes of an image; images and patches of the micro-batch."""
+    if isinstance(batch, PixelBatch):
+        return batch.codes_per_image, stage.train.micro_batch_size, 0
+    assert isinstance(stage, LanguageStage)
+    of_images = batch.images.patches
+    return stage.train.sequence_length, len(of_images.lengths), of_images.total
 
 
 def _notes(stage: Stage) -> list[str]:
@@ -214,77 +211,3 @@ class _NoValues:
 
     def read(self, name: str, index: Index) -> Tensor:
         return torch.empty([part.stop - part.start for part in index], device=META)
-
-
-def likely_images(stage: TokenizerStage, model: Trainable) -> PixelBatch:
-    """A micro-batch of the largest size; clips where the collator takes them."""
-    assert isinstance(model, ImageTokenizer)
-    count, frames = stage.train.micro_batch_size, stage.collator["frames"]
-    height, width = max(stage.collator["sizes"], key=math.prod)
-    return PixelBatch(
-        torch.empty((count, frames, CHANNELS, height, width), dtype=torch.uint8, device=META),
-        is_real_B=torch.ones(count, dtype=torch.bool),
-        keys=("image",) * count,
-        codes_per_image=math.prod(model.grid(frames, height, width)),
-    )
-
-
-def likely_batch(stage: LanguageStage, model: LanguageModel) -> Batch:
-    """Full rows of one sample each; where images are trained on, their features take half of a row.
-
-    For a model that reads images across, one of every `TOKENS_PER_IMAGE` tokens is an image of all its tiles.
-    The share is a guess in place of data that a plan does not read. A stage whose rules freeze the tower and
-    the projector is taken to have no images; the shapes of others are those that the processor makes.
-    """
-    rows, length = stage.train.micro_batch_size, stage.train.sequence_length
-    if isinstance(model, ReadsAcross):
-        return _likely_across(rows, length, model.patches_per_image, stage.collator["processor"])
-    processor = stage.collator["processor"]
-    if isinstance(model, PatchPredictor | PairEncoder):
-        return _likely_patches(model, processor, rows, length)
-    path = [name for name, _ in model.named_parameters() if name.startswith(IMAGE_PATH)]
-    if not path:
-        return synthetic_batch(Segments((length,) * rows), Segments(()), Segments(()), 0)
-    unknown = IMAGE_KEYS - processor.keys()
-    if unknown:
-        raise ConfigError(f"collator.processor.{min(unknown)} is not there, and cantata plan needs it")
-    features = processor["features_per_image"]
-    patches = (processor["image_size"] // processor["patch_size"]) ** 2
-    deciding = [deciding_pattern(name, stage.parameters) for name in path]
-    sees = any(pattern is None or not stage.parameters[pattern].frozen for pattern in deciding)
-    images = rows * max(1, length // (2 * features)) if sees and features <= length else 0
-    return synthetic_batch(
-        Segments((length,) * rows),
-        Segments((patches,) * images),
-        Segments((features,) * images),
-        CHANNELS * processor["patch_size"] ** 2,
-    )
-
-
-def _likely_across(rows: int, length: int, patches: int, processor: Mapping[str, Any]) -> Batch:
-    if "patch_size" not in processor:
-        raise ConfigError("collator.processor.patch_size is not there, and cantata plan needs it")
-    step = min(length, TOKENS_PER_IMAGE)
-    firsts = [row * length + at for row in range(rows) for at in range(0, length - step + 1, step)]
-    firsts = firsts if patches else []
-    return synthetic_batch(
-        Segments((length,) * rows),
-        Segments((patches,) * len(firsts)),
-        Segments((1,) * len(firsts)),
-        CHANNELS * processor["patch_size"] ** 2,
-        firsts,
-    )
-
-
-def _likely_patches(
-    model: PatchPredictor | PairEncoder, processor: Mapping[str, Any], rows: int, length: int
-) -> Batch:
-    """Rows full of images of the most patches, with half of each for a prefix; of pairs the longest texts."""
-    patches, values = processor["max_patches"], CHANNELS * processor["patch_size"] ** 2
-    if isinstance(model, PairEncoder):
-        pairs = rows * (length // processor["max_length"])
-        texts = Segments((processor["max_length"],) * pairs)
-        return synthetic_batch(texts, Segments((patches,) * pairs), Segments((0,) * pairs), values)
-    images = Segments((patches,) * (rows * (length // patches)))
-    prefix = Segments((max(1, patches // 2),) * len(images.lengths))
-    return synthetic_batch(Segments((length,) * rows), images, images, values, prefix=prefix)
