@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch.utils.data._utils.signal_handling import _remove_worker_pids
+from torch.utils.data._utils import signal_handling
 
 from cantata.core.errors import ConfigError, RunError
 
@@ -54,7 +54,7 @@ def let_go(iterators: Sequence[Any]) -> None:
         return
     for one in iterators:
         # Or torch's handler would take their end for another death, and raise wherever the trainer stands.
-        _remove_worker_pids(id(one))
+        signal_handling._remove_worker_pids(id(one))  # type: ignore[attr-defined]
         one._worker_pids_set = False
     for worker in workers:
         worker.kill()
