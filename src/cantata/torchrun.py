@@ -49,7 +49,7 @@ class Agent(LocalElasticAgent):
         threading.Thread(target=self._pass_on_usr1, daemon=True).start()
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result = super()._monitor_workers(worker_group)
+        result: RunResult = super()._monitor_workers(worker_group)
         codes = {failure.exitcode for failure in result.failures.values()}
         final = next((code for code in FINAL if code in codes), None)
         if final is None and codes and self._terminated:
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Start workers and wait for them; leaves by `SystemExit` with their code where it is one of `FINAL`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     # The launcher offers no other way to choose the agent, and would install its own handler of SIGTERM.
-    api.LocalElasticAgent = Agent  # type: ignore[misc]
+    api.LocalElasticAgent = Agent  # type: ignore[attr-defined]
     given = list(sys.argv[1:] if argv is None else argv)
     run.main(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *given])
 

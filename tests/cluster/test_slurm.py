@@ -136,18 +136,17 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(
     assert_equal(job, whole)
 
 
-def test_tasks_without_torchrun_find_their_ranks_and_a_cancelled_job_stays_cancelled(
+def test_tasks_without_torchrun_find_their_ranks_and_end_for_good_where_a_user_says_so(
     cluster: LocalSlurm, tmp_path: Path
 ) -> None:
     job = Job(cluster, tmp_path, "tasks", "checkpoint.every=0")
     job.wait_for_step(3)
     assert "2 ranks on cpu" in job.log
-    cluster.run("scancel", job.id)
-    job.tell("cancelled")
-    assert job.wait_for_state("CANCELLED") == "CANCELLED"
-    cluster.wait_idle(60)
-    assert cluster.state(job.id) == "CANCELLED"
-    print(job.log)
+    cluster.run("scontrol", "update", f"jobid={job.id}", "requeue=0")
+    cluster.run("scancel", "--signal=USR1", job.id)
+    job.tell("signalled USR1, not to queue again")
+    job.wait_for_state("FAILED")
+    assert cluster.job(job.id)["ExitCode"] == "75:0"
     assert (job.out / "LATEST").read_text() == f"step-{job.steps:08d}\n"
 
 

@@ -11,13 +11,14 @@ import psutil
 import pytest
 
 from cantata.core.errors import PREEMPTED
-from tests.recipes.runner import final, metrics, start, torchrun
+from tests.recipes.runner import final, kill, metrics, start, torchrun
 from tests.recipes.test_pretrain import finish, same, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 LAUNCHER = ["-m", "cantata.torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
 STEPS = 400
+PATIENCE = 600.0
 SETTINGS = (f"train.max_steps={STEPS}", "checkpoint.every=5", "schedule=constant")
 
 
@@ -29,18 +30,21 @@ def worker(launcher: subprocess.Popen[str], rank: int) -> int:
     raise AssertionError(f"no rank {rank}")
 
 
-def test_a_dead_worker_is_replaced_and_one_signalled_rank_stops_all(tmp_path: Path) -> None:
+def test_a_dead_worker_is_replaced_and_one_signalled_rank_stops_all(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     out = tmp_path / "run"
     run = start(LAUNCHER, out, *SETTINGS)
-    wait_for(run, lambda: len(metrics(out)) >= 7)
+    request.addfinalizer(lambda: kill(run) if run.poll() is None else None)
+    wait_for(run, lambda: len(metrics(out)) >= 7, PATIENCE)
     os.kill(worker(run, 1), signal.SIGKILL)
     killed_at = len(metrics(out))
 
     starts = out / "logs" / "rank-0.log"
-    wait_for(run, lambda: starts.read_text().count("stopped by") == 1)
-    wait_for(run, lambda: len(metrics(out)) >= killed_at + 7)
+    wait_for(run, lambda: starts.read_text().count("stopped by") == 1, PATIENCE)
+    wait_for(run, lambda: len(metrics(out)) >= killed_at + 7, PATIENCE)
     os.kill(worker(run, 1), signal.SIGUSR1)
-    text, _ = run.communicate(timeout=120)
+    text, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == PREEMPTED, text
     stopped_at = len(metrics(out))
     assert stopped_at < STEPS
