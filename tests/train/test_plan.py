@@ -245,7 +245,7 @@ def test_a_tokenizers_plan_says_what_it_leaves_out() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["emoji_lora", "aimv2_mini_lit", "emoji_vq"])
+@pytest.mark.parametrize("name", ["emoji_lora", "aimv2_mini", "emoji_vq"])
 def test_the_plan_is_near_what_steps_really_take(name: str) -> None:
     """In a process of its own, as another one's memory would count; on the run's own data."""
     command = [sys.executable, str(ROOT / "benchmarks" / "plan_memory.py"), "--one", name, "--steps", "2"]
