@@ -45,6 +45,7 @@ from cantata.train.preempt import StopRequest
 from cantata.train.stage import PretrainStage, Stage, build_data, build_engine, build_model, build_objective
 from cantata.train.tokenizer_stage import TokenizerStage, build_image_data
 from cantata.train.tokenizer_stage import build_objective as build_tokenizer_objective
+from cantata.train.watchdog import Watchdog
 
 Overrides = tuple[str, ...]
 RANDOM = ("model.weights=null",)
@@ -83,7 +84,8 @@ def measured(stage: Stage) -> int:
         listeners: list[Listener] = [Codebook(model.quantizer)] if is_tokenizer else []
         gc.collect()
         schedule = build(stage.schedule)
-        fit(engine, objective, iter(loader), schedule, stage.train, listeners, Progress(), StopRequest())
+        start, stop, watchdog = Progress(), StopRequest(), Watchdog(None, Path(os.devnull), 0)
+        fit(engine, objective, iter(loader), schedule, stage.train, listeners, start, stop, watchdog)
 
     with distributed():
         return _peak_of(train)

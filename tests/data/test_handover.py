@@ -57,6 +57,7 @@ class Stopped:
         worker = context.Process(target=self.write_half, daemon=True)
         worker.start()
         self._workers = [worker]
+        self._worker_pids_set = False
 
     def write_half(self) -> None:
         os.write(self._worker_result_queue._writer.fileno(), struct.pack("!i", 100) + b"half")

@@ -238,7 +238,7 @@ def test_a_damaged_shard(broken: Path, capsys: pytest.CaptureFixture[str]) -> No
     shard.write_bytes(content[:1000])
     code, line = refused(broken, broken.parent / "hub", capsys)
     assert code == 1
-    assert "cannot be read" in line
+    assert "is damaged (__0_0.distcp holds 1,000 bytes" in line
 
 
 def test_a_directory_is_never_overwritten(

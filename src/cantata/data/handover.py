@@ -54,8 +54,9 @@ def let_go(iterators: Sequence[Any]) -> None:
         return
     for one in iterators:
         # Or torch's handler would take their end for another death, and raise wherever the trainer stands.
-        signal_handling._remove_worker_pids(id(one))  # type: ignore[attr-defined]
-        one._worker_pids_set = False
+        if one._worker_pids_set:
+            signal_handling._remove_worker_pids(id(one))  # type: ignore[attr-defined]
+            one._worker_pids_set = False
     for worker in workers:
         worker.kill()
     for one in iterators:

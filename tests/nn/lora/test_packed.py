@@ -16,7 +16,7 @@ from cantata.core.errors import ConfigError
 from cantata.nn.lora import LoRASettings, PackedWeight, Packing, packed_bytes, require_library
 from cantata.nn.matmul import Linear
 from cantata.nn.moe.experts import Experts
-from cantata.train.dry_run import _LiveBytes
+from cantata.train.live_bytes import LiveBytes
 from tests.nn.lora.factors import DORA, PLAIN, adapted, assert_equal_to_a_millionth
 from tests.nn.lora.test_experts import BOTH, SOME, build, dispatched
 from tests.nn.moe.test_experts import path, problem
@@ -120,7 +120,7 @@ def test_forward_keeps_no_whole_weight(adapter: bool) -> None:
     x = torch.randn(4, 256, requires_grad=True)
 
     def kept(chain: list[nn.Module]) -> tuple[int, int]:
-        with _LiveBytes() as live:
+        with LiveBytes() as live:
             y = x
             for layer in chain:
                 y = layer(y)
