@@ -60,7 +60,7 @@ JobRequeue=1
 KillWait=10
 MinJobAge=600
 SlurmctldTimeout=30
-SlurmdTimeout=5
+SlurmdTimeout=20
 InactiveLimit=0
 PropagateResourceLimits=NONE
 PartitionName=all Nodes=n[1-{nodes}] Default=YES MaxTime=30 State=UP

@@ -16,7 +16,7 @@ from tests.recipes.test_pretrain import finish, same, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-LAUNCHER = ["-m", "cantata.torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+LAUNCHER = ["-m", "cantata.torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
 STEPS = 400
 PATIENCE = 600.0
 SETTINGS = (f"train.max_steps={STEPS}", "checkpoint.every=5", "schedule=constant")
