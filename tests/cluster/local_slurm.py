@@ -6,6 +6,7 @@ nodes do not resolve, as on some real clusters; accounting is off, so there is n
 
 from __future__ import annotations
 
+import ctypes
 import getpass
 import os
 import secrets
@@ -24,6 +25,7 @@ import psutil
 from tests.system_tools import need
 
 ADDRESS = "127.0.0.1"
+PR_SET_PDEATHSIG = 1
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "squeue")
 SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
@@ -200,6 +202,7 @@ class LocalSlurm:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
 
     def _processes(self) -> list[psutil.Process]:
@@ -253,6 +256,11 @@ def local_slurm(nodes: int = 2) -> Iterator[LocalSlurm]:
         closing.callback(cluster.stop)
         cluster.start()
         yield cluster
+
+
+def _die_with_parent() -> None:
+    """A test run that is killed stops nothing itself."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _free_ports(count: int) -> list[int]:

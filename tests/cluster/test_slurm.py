@@ -40,7 +40,7 @@ def cluster() -> Iterator[LocalSlurm]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on two ranks without SLURM and without an interruption."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    finish(start(torchrun(2), out, *SETTINGS, stage="lora"))
+    finish(start(torchrun(2), out, *SETTINGS, stage="lora"), PATIENCE)
     return out
 
 

@@ -159,6 +159,6 @@ def wait_for(run, condition, seconds: float = 120.0) -> None:  # type: ignore[no
         time.sleep(0.002)
 
 
-def finish(run) -> None:  # type: ignore[no-untyped-def]
-    text, _ = run.communicate(timeout=300)
+def finish(run, seconds: float = 300.0) -> None:  # type: ignore[no-untyped-def]
+    text, _ = run.communicate(timeout=seconds)
     assert run.returncode == 0, text

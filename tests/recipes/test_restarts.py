@@ -51,8 +51,8 @@ def test_a_dead_worker_is_replaced_and_one_signalled_rank_stops_all(
     assert (out / "LATEST").read_text() == f"step-{stopped_at:08d}\n"
 
     more = (*SETTINGS[1:], f"train.max_steps={stopped_at + 2}")
-    finish(start(torchrun(2), out, *more))
-    finish(start(torchrun(2), tmp_path / "whole", *more))
+    finish(start(torchrun(2), out, *more), PATIENCE)
+    finish(start(torchrun(2), tmp_path / "whole", *more), PATIENCE)
     assert [line["step"] for line in metrics(out)] == list(range(1, stopped_at + 3))
     assert [line["loss"] for line in metrics(out)] == [line["loss"] for line in metrics(tmp_path / "whole")]
     same(final(out), final(tmp_path / "whole"))
