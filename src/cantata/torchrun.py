@@ -6,6 +6,7 @@ It takes torchrun's arguments and starts processes as torchrun does. Of its own:
   `--max-restarts` says, and its code is the launcher's. Plain torchrun ends with 1 after both.
 - SIGTERM and SIGUSR1 are passed on to the workers, which save and end; a second SIGTERM gives them 30
   seconds. Plain torchrun does that at the first one, and dies of SIGUSR1, leaving them without a launcher.
+- Processes that are started again never meet the addresses of those before them.
 - A SIGUSR1 that comes while a worker still imports its libraries is held back until the worker can note it.
 """
 
@@ -80,7 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     # The launcher offers no other way to choose the agent, and would install its own handler of SIGTERM.
     api.LocalElasticAgent = Agent  # type: ignore[attr-defined]
+    # Else processes that are started again meet in the store of those before them, find the addresses that
+    # these left, and wait for the dead. So each start has a store of its own, in its rank 0.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     given = list(sys.argv[1:] if argv is None else argv)
+    if "--standalone" in given:
+        # The machine's own name need not resolve.
+        given.insert(0, "--local-addr=localhost")
     run.main(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *given])
 
 
