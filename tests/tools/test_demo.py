@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from PIL import Image
 from rich.console import Console
-from rich.panel import Panel
 
 from cantata.core.errors import RunError
 from cantata.tools import demo
@@ -20,13 +19,9 @@ from cantata.tools.demo import show_captions as show
 from cantata.tools.demo_drawing import drawn_names
 from cantata.tools.demo_plan import (
     ARTIST,
-    ENCORE,
-    MOVEMENTS,
     TOKENIZER,
     TRAINED,
-    WIDTH,
     Movement,
-    opening,
 )
 from cantata.tools.prompts import read_prompts
 from tests.tools.report.runs import make_run
@@ -191,19 +186,6 @@ def test_it_goes_through_the_movements_by_recipes_and_verbs_and_stops_at_a_failu
     assert (tmp_path / "emoji.png").is_file()
     answers = dict.fromkeys(("sft", "lora"), ["Flags"] * demo.QUESTIONS)
     assert shown == [tmp_path / "pretrain", answers, tmp_path]
-
-
-def test_the_first_screen_says_what_is_going_to_happen() -> None:
-    text = io.StringIO()
-    console = Console(file=text, width=120)
-    console.print(Panel(opening(Path("outputs/[demo]")), width=WIDTH))
-    lines = [line.strip("│╭╮╰╯─ ") for line in text.getvalue().splitlines()]
-    shown = " ".join(lines)
-    words = ("1. vq", "2. pretrain", "3. sft", "4. lora", "5. pretrain", "6. generate", "outputs/[demo]")
-    assert all(word in shown for word in (*words, "About 9 minutes", "the same command"))
-    assert len(lines) <= 24
-    broken = [does for *_, does in (*MOVEMENTS, ENCORE) if not any(does in line for line in lines)]
-    assert broken == []
 
 
 def test_a_model_that_does_not_answer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

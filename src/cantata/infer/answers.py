@@ -16,7 +16,7 @@ from cantata.core.samples import DataError, Sample
 from cantata.data.collate.packed import PackedCollator
 from cantata.data.held_out import HeldOut
 from cantata.infer.generate import generate
-from cantata.infer.sample_pictures import keep_pictures
+from cantata.infer.sample_pictures import keep_pictures, keep_records
 from cantata.train.accuracy import AccuracyConfig, Answer, Question, accuracy_metrics, find_questions
 from cantata.train.engine import Engine
 from cantata.train.evaluate import Shown
@@ -88,13 +88,11 @@ class Answers:
         ]
         if dist.is_main():
             folder = self._out / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
             asked = {question.key: question.prompt.messages for question in self._questions}
             for record in everywhere[:PICTURED]:
                 parts = [part for message in asked[record["sample"]] for part in message.parts]
                 record["images"] = keep_pictures(folder, record["sample"], parts)
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in everywhere)
-            (folder / f"step-{step:08d}.jsonl").write_text(lines, encoding="utf-8")
+            keep_records(folder, step, everywhere)
         # An untrained model's answer may hold line breaks.
         lines_shown = [f"  {one['truth']}: {' '.join(one['answer'].split())}" for one in everywhere[:SHOWN]]
         return Shown(accuracy_metrics(self._questions, own), lines_shown)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from cantata.core import dist
 from cantata.core.samples import Document, Sample
 from cantata.data.held_out import HeldOut
 from cantata.infer.generate import generate
-from cantata.infer.sample_pictures import keep_pictures
+from cantata.infer.sample_pictures import keep_pictures, keep_records
 from cantata.models.protocol import Decodes
 from cantata.train.engine import Engine
 from cantata.train.evaluate import Probe, Shown
@@ -66,9 +65,7 @@ class Captions:
         ]
         if dist.is_main():
             folder = self._out / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
             for record, (key, document) in zip(records, self._samples, strict=True):
                 record["images"] = keep_pictures(folder, key, document.parts)
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            (folder / f"step-{step:08d}.jsonl").write_text(lines, encoding="utf-8")
+            keep_records(folder, step, records)
         return Shown({}, [f"  {record['truth']}: {record['caption']}" for record in records])

@@ -1,10 +1,12 @@
-"""Small pictures of what a model was shown, kept beside what it said, for people who read both later."""
+"""What a model said, and beside it small pictures of what it was shown, for people who read both later."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -16,6 +18,13 @@ SIDE = 160
 """Pixels of the longest side."""
 MOST = 4
 """Pictures of one sample."""
+
+
+def keep_records(samples: Path, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write `step-<step>.jsonl`, a line a record."""
+    samples.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (samples / f"step-{step:08d}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def keep_pictures(samples: Path, key: str, parts: Sequence[Part]) -> list[str]:

@@ -33,7 +33,14 @@ class FileSum(NamedTuple):
 
     @classmethod
     def of(cls, content: bytes) -> FileSum:
-        return cls(len(content), zlib.crc32(content))
+        return EMPTY.then(content, len(content))
+
+    def then(self, content: Any, size: int) -> FileSum:
+        """With `size` more bytes, those of `content`."""
+        return FileSum(self.size + size, zlib.crc32(content, self.crc32))
+
+
+EMPTY = FileSum(0, 0)
 
 
 class SummingWriter(FileSystemWriter):
@@ -78,7 +85,7 @@ class _SummedFile:
     stream: Any
 
     def __init__(self) -> None:
-        self.sum = FileSum(0, 0)
+        self.sum = EMPTY
         self.failure: OSError | None = None
 
     def write(self, content: Any) -> int:
@@ -87,7 +94,7 @@ class _SummedFile:
         except OSError as error:
             self.failure = error
             raise
-        self.sum = FileSum(self.sum.size + written, zlib.crc32(content, self.sum.crc32))
+        self.sum = self.sum.then(content, written)
         return written
 
     def __getattr__(self, name: str) -> Any:
@@ -135,11 +142,11 @@ def damage_seen_by_any(checkpoint: Path, group: dist.ProcessGroup) -> str:
 
 
 def _difference(path: Path, wanted: FileSum) -> str:
-    found = FileSum(0, 0)
+    found = EMPTY
     try:
         with path.open("rb") as file:
             while content := file.read(_CHUNK):
-                found = FileSum(found.size + len(content), zlib.crc32(content, found.crc32))
+                found = found.then(content, len(content))
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
     if found.size != wanted.size:

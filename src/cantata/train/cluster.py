@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cantata.core.errors import ConfigError
 from cantata.core.suggest import hint
-from cantata.train.flops import GPUS, find_gpu
+from cantata.train.flops import GPUS, Gpu, find_gpu
 
 CPU = "cpu"
 
@@ -29,7 +29,7 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.gpus < 1:
             raise ConfigError(f"cluster.gpus={self.gpus} must be at least 1")
-        if self.gpu is not None and not self.is_cpu and find_gpu(self.gpu) is None:
+        if self.gpu is not None and not self.is_cpu and self.device is None:
             known = [CPU, *(name.lower() for name in GPUS)]
             raise ConfigError(
                 f"cluster.gpu={self.gpu} is no GPU that is known{hint(self.gpu.lower(), known)}"
@@ -44,7 +44,12 @@ class ClusterConfig:
         return self.gpu is not None and self.gpu.lower() == CPU
 
     @property
+    def device(self) -> Gpu | None:
+        """What is known of the GPU that is named; None where none is."""
+        return None if self.gpu is None else find_gpu(self.gpu)
+
+    @property
     def limit_gib(self) -> float | None:
         """Memory of one device; None where nothing is said of it."""
-        gpu = None if self.gpu is None else find_gpu(self.gpu)
-        return gpu.memory_gib if self.memory_gib is None and gpu is not None else self.memory_gib
+        known = None if self.device is None else self.device.memory_gib
+        return known if self.memory_gib is None else self.memory_gib

@@ -86,29 +86,30 @@ def peak_activation_bytes(
             if isinstance(module, LanguageHead):
                 live.during(module, Purpose.logits)
 
-        def bytes_of_gradients(module: nn.Module) -> int:
-            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            return sum(gradient_bytes(Elements.of([parameter], experts)) for parameter in trained)
+        def left_of_gradient(parameter: Tensor) -> int:
+            return gradient_bytes(Elements.of([parameter], experts))
 
         # Where layers are told apart by their number, every one must run.
         for run in [] if every_block or isinstance(model, ReadsAcross) else equal_blocks(stand_in.units()):
-            shorten(run, live, bytes_of_gradients)
+            shorten(run, live, lambda block: sum(map(left_of_gradient, _trained(block))))
 
         def reduce_gradient(parameter: Tensor) -> None:
-            live.add(gradient_bytes(Elements.of([parameter], experts)), Purpose.gradients)
+            live.add(left_of_gradient(parameter), Purpose.gradients)
             parameter.grad = None
 
-        for parameter in stand_in.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(reduce_gradient)  # type: ignore[no-untyped-call]
+        for parameter in _trained(stand_in):
+            parameter.register_post_accumulate_grad_hook(reduce_gradient)  # type: ignore[no-untyped-call]
         if isinstance(batch, Batch) and not isinstance(model, ReadsAcross):
             batch = _few_segments(batch)
         with live:
             batch = _without_values(batch, "cpu" if on_cpu else "meta")
-            if isinstance(batch, Batch):
-                _predict(batch.images, predicted)
+            _predict(batch, predicted)
             _loss(stand_in, batch).backward()  # type: ignore[no-untyped-call]
     return Peak(live.peak, live.at_peak[Purpose.logits], live.at_peak[Purpose.all_to_all])
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def synthetic_batch(
@@ -212,10 +213,12 @@ def _without_values(record: Any, device: str) -> Any:
     return changed
 
 
-def _predict(images: Images, predicted: tuple[Tensor, Tensor] | None) -> None:
+def _predict(batch: Batch | PixelBatch, predicted: tuple[Tensor, Tensor] | None) -> None:
     """How many patches are predicted follows from lengths alone, but torch would look for them by values."""
+    if not isinstance(batch, Batch):
+        return
     shapes = tuple(torch.empty(part.shape, dtype=part.dtype) for part in predicted or ())
-    images.predicted = lambda: shapes  # type: ignore[assignment,method-assign,return-value]
+    batch.images.predicted = lambda: shapes  # type: ignore[assignment,method-assign,return-value]
 
 
 def _fuse_attention(module: nn.Module) -> None:

@@ -26,7 +26,6 @@ from cantata.models.protocol import PairEncoder, Trainable
 from cantata.parallel.mesh import MeshSizes, validate
 from cantata.parallel.recompute import Recompute
 from cantata.train import describe
-from cantata.train.flops import find_gpu
 from cantata.train.likely import META, likely, row_tokens
 from cantata.train.memory import FP32, GIB, Layout, MemoryEstimate, estimate_memory, layout_of
 from cantata.train.one_rank import Elements, expert_ids
@@ -101,7 +100,7 @@ def find(stage: Stage) -> Search:
         ConfigError: no GPU is named, or training would refuse the stage.
     """
     cluster = stage.cluster
-    if cluster.limit_gib is None or cluster.gpu is None or find_gpu(cluster.gpu) is None:
+    if cluster.limit_gib is None or cluster.device is None:
         raise ConfigError("--find needs cluster.gpu, the name of a GPU, such as cluster.gpu=h100")
     validate(stage.mesh, cluster.gpus)
     model = marked(stage)
@@ -146,8 +145,7 @@ def step_seconds(stage: Stage, model: Trainable, way: Candidate) -> float:
     """The estimate that candidates are ranked by: see above."""
     assert isinstance(model, nn.Module)
     cluster, chosen = stage.cluster, _with(stage, way)
-    gpu = None if cluster.gpu is None else find_gpu(cluster.gpu)
-    assert gpu is not None
+    assert cluster.device is not None
     mesh = validate(chosen.mesh, cluster.gpus)
     again = (0.5 if base_names(model) else 1 / 3) if way.recompute is Recompute.full else 0.0
     rows, length = way.micro_batch_size * way.gradient_accumulation_steps, row_tokens(chosen, model)
@@ -155,7 +153,7 @@ def step_seconds(stage: Stage, model: Trainable, way: Candidate) -> float:
     traffic = describe.exchanged(chosen, model, mesh) if isinstance(chosen, LanguageStage) else None
     travelling = 0.0 if traffic is None else traffic.bytes_per_step
     travelling += way.gradient_accumulation_steps * _shared_bytes(model, _layout(chosen), mesh)
-    return operations / (gpu.tflops * 1e12 * cluster.mfu) + travelling / LINK
+    return operations / (cluster.device.flops * cluster.mfu) + travelling / LINK
 
 
 def _shared_bytes(model: Trainable, layout: Layout, mesh: MeshSizes) -> float:

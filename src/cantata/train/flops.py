@@ -16,6 +16,11 @@ class Gpu(NamedTuple):
     memory_gib: int
     """Of its largest kind. The driver keeps 1 to 2% of it, 8% where plain memory corrects its errors."""
 
+    @property
+    def flops(self) -> float:
+        """Peak FLOP/s."""
+        return self.tflops * 1e12
+
 
 GPUS = {
     "GB300": Gpu(2500.0, 288),
@@ -65,7 +70,7 @@ def find_gpu(name: str) -> Gpu | None:
 def peak_flops(device_name: str) -> float | None:
     """Peak dense bf16 FLOP/s of a device by its name, or None where it is not known (every CPU)."""
     gpu = find_gpu(device_name)
-    return None if gpu is None else gpu.tflops * 1e12
+    return None if gpu is None else gpu.flops
 
 
 def device_name(device: torch.device) -> str:

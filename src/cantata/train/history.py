@@ -38,17 +38,11 @@ class History:
 
     def start(self, step: int, origin: str, environment: Mapping[str, Any]) -> None:
         """The run goes on from `step`. Raises `RunError` where the disk refuses."""
-        try:
-            self._write({"event": START, "step": step, "origin": origin, **environment})
-        except OSError as error:
-            raise RunError(f"{self._path}: cannot write: {error.strerror}") from error
+        self._write(START, {"step": step, "origin": origin, **environment})
 
     def end(self, step: int, outcome: str, exit_code: int) -> None:
         """The run ended in order. Raises `RunError` where the disk refuses."""
-        try:
-            self._end({"step": step, "outcome": outcome, "exit_code": exit_code})
-        except OSError as error:
-            raise RunError(f"{self._path}: cannot write: {error.strerror}") from error
+        self._end({"step": step, "outcome": outcome, "exit_code": exit_code})
 
     def __enter__(self) -> Self:
         return self
@@ -63,16 +57,19 @@ class History:
         if not isinstance(error, CantataError):
             reason = f"{type(error).__name__}: {reason}"
         # Whatever ended the run is worth more than this line; a full disk may be what did.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(RunError):
             self._end({"outcome": FAILED, "error": reason, "exit_code": code})
 
     def _end(self, values: Mapping[str, Any]) -> None:
-        self._write({"event": END, **values, "seconds": round(time.monotonic() - self._began, 3)})
+        self._write(END, {**values, "seconds": round(time.monotonic() - self._began, 3)})
 
-    def _write(self, values: dict[str, Any]) -> None:
+    def _write(self, event: str, values: Mapping[str, Any]) -> None:
         if not dist.is_main():
             return
-        stamped = {"event": values.pop("event"), "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
-            file.write(json.dumps(stamped | values, ensure_ascii=False).encode() + b"\n")
+        line = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **values}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        except OSError as error:
+            raise RunError(f"{self._path}: cannot write: {error.strerror}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cantata.train.flops import find_gpu
 from cantata.train.stage import Stage
 
 
@@ -30,9 +29,8 @@ def hours(stage: Stage, flops_per_step: float, tokens_per_step: int) -> Hours | 
         tokens_per_step: of all ranks; codes of an image tokenizer.
     """
     cluster = stage.cluster
-    gpu = None if cluster.gpu is None else find_gpu(cluster.gpu)
-    if gpu is None:
+    if cluster.device is None:
         return None
-    seconds = flops_per_step / (cluster.gpus * gpu.tflops * 1e12 * cluster.mfu)
+    seconds = flops_per_step / (cluster.gpus * cluster.device.flops * cluster.mfu)
     total = seconds * stage.train.max_steps / 3600
     return Hours(seconds, total, total * cluster.gpus, tokens_per_step / seconds / cluster.gpus)

@@ -26,7 +26,7 @@ from cantata.models.protocol import (
 )
 from cantata.train.dry_run import synthetic_batch
 from cantata.train.optim import deciding_pattern
-from cantata.train.stage import LanguageStage, Stage
+from cantata.train.stage import LanguageStage, Stage, build_collator
 from cantata.train.tokenizer_stage import TokenizerStage
 
 META = torch.device("meta")
@@ -73,11 +73,8 @@ def first_batches(stage: Stage, model: nn.Module, count: int) -> list[Batch | Pi
         loader = build_image_loader(images, build(stage.collator, grid=model.grid), **shape)
     else:
         assert isinstance(stage, LanguageStage)
-        assert isinstance(model, LanguageModel)
-        collator, length = build(stage.collator), stage.train.sequence_length
-        model.check_processor(collator.processor)
-        data = replace(stage.data, num_workers=0)
-        loader = build_loader(data, collator, sequence_length=length, **shape)
+        data, length = replace(stage.data, num_workers=0), stage.train.sequence_length
+        loader = build_loader(data, build_collator(stage, model), sequence_length=length, **shape)
     with closing(iter(loader)) as batches:
         read = list(islice(batches, count))
     largest = [max(read, key=_visible), max(read, key=lambda batch: batch.num_targets)]

@@ -79,28 +79,20 @@ def run_session(
     with deaths_told(), ExitStack() as closing, contextlib.closing(iter(loader)) as batches:
         checkpointer = Checkpointer(stage.out, stage.checkpoint, shape)
         closing.callback(checkpointer.close)
-        log = closing.enter_context(logging_to(stage.out))
-        watchdog = Watchdog(stage.train.hang_seconds, log, dist.rank())
-        closing.callback(watchdog.close)
-        history = closing.enter_context(History(stage.out))
-        console = Console(dist.rank())
-        closing.callback(console.close)
-        loader.warn = console.on_warning
+        watchdog, history, console = _witnesses(stage, loader, closing)
         window = Window(Device(dist.device(), dist.world_size(), model.flops_per_token))
-        interval, best = ExpertInterval(), Best(stage.checkpoint.best)
-        early = EarlyStopping(stage.train.early_stopping, stop)
+        interval, early = ExpertInterval(), EarlyStopping(stage.train.early_stopping, stop)
         kept: dict[str, Kept] = {"window": window, "experts": interval, "early_stopping": early, **codes}
         kept |= base_identity(stage)
+        best = Best(stage.checkpoint.best)
         saving = Saving(checkpointer, engine, loader, kept, console, stage.train.max_steps, best)
         start = saving.resume()
         history.start(start.step, describe.origin(stage, model, start.step), environment())
         save_config(resolved, stage.out / "config.yaml")
         sinks = open_sinks(stage.logger, stage.out, stage.name, resolved, start.step or None, dist.rank())
         closing.callback(sinks.close)
-        report = describe.report(
-            stage, kind, model, engine, needs, loader, held_out, start.step, sinks.notices
-        )
-        _begin(report, console, start.step)
+        told = (needs, loader, held_out, start.step, sinks.notices)
+        _begin(describe.report(stage, kind, model, engine, *told), console, start.step)
         evaluation = _evaluation(stage, engine, objective, held_out, console, probe, start.step)
         telemetry = _telemetry(stage, window, sinks, console)
         own = _experts(stage, model, interval, peaks, start.step or None, console, closing)
@@ -115,6 +107,18 @@ def run_session(
         took = time.monotonic() - began
         console.on_end(describe.summary(stage, outcome, end.step, took, telemetry, evaluation))
     return code
+
+
+def _witnesses(stage: Stage, loader: Loader, closing: ExitStack) -> tuple[Watchdog, History, Console]:
+    """Who tell of the run while it lasts; `closing` lets them go."""
+    log = closing.enter_context(logging_to(stage.out))
+    watchdog = Watchdog(stage.train.hang_seconds, log, dist.rank())
+    closing.callback(watchdog.close)
+    history = closing.enter_context(History(stage.out))
+    console = Console(dist.rank())
+    closing.callback(console.close)
+    loader.warn = console.on_warning
+    return watchdog, history, console
 
 
 def _engine(stage: Stage, model: nn.Module, critic: Critic | None) -> Engine:

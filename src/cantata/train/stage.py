@@ -15,6 +15,7 @@ from cantata.core.errors import ConfigError
 from cantata.core.schema import slot
 from cantata.core.suggest import hint
 from cantata.data.assembly import build_held_out, build_loader
+from cantata.data.collate import PackedCollator
 from cantata.data.config import DataConfig, ImageDataConfig
 from cantata.data.held_out import HeldOut
 from cantata.data.loader import Loader
@@ -180,10 +181,8 @@ def build_data(stage: LanguageStage, model: nn.Module) -> tuple[Loader, HeldOut]
 
     Raises `ConfigError` where the collator makes what the model cannot read.
     """
-    assert isinstance(model, LanguageModel)
     process = dist.find_process()
-    collator = build(stage.collator)
-    model.check_processor(collator.processor)
+    collator = build_collator(stage, model)
     shape = {
         "sequence_length": stage.train.sequence_length,
         "micro_batch_size": stage.train.micro_batch_size,
@@ -192,6 +191,14 @@ def build_data(stage: LanguageStage, model: nn.Module) -> tuple[Loader, HeldOut]
     }
     loader = build_loader(stage.data, collator, seed=stage.seed, **shape)
     return loader, build_held_out(stage.data, collator, **shape)
+
+
+def build_collator(stage: LanguageStage, model: nn.Module) -> PackedCollator:
+    """Raises `ConfigError` where the collator makes what the model cannot read."""
+    assert isinstance(model, LanguageModel)
+    collator: PackedCollator = build(stage.collator)
+    model.check_processor(collator.processor)
+    return collator
 
 
 def build_engine(stage: Stage, model: nn.Module) -> Engine:

@@ -40,6 +40,7 @@ VISION = Aimv2VisionConfig(
     initializer_range=0.2,
 )
 NATIVE = replace(VISION, is_native=True, image_size=40)
+KINDS = {"fixed": VISION, "native": NATIVE}
 TEXT = Aimv2TextConfig(
     vocab_size=6144,
     hidden_size=24,

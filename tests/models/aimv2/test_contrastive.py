@@ -16,7 +16,7 @@ from cantata.models.aimv2 import Aimv2Contrastive, contrastive_from_hub
 from cantata.models.hub import save_to_hub
 from cantata.models.protocol import LanguageModel, PairEncoder, Trainable
 from tests.models.aimv2.small import (
-    NATIVE,
+    KINDS,
     TEXT,
     VISION,
     contrastive,
@@ -25,8 +25,6 @@ from tests.models.aimv2.small import (
     pair_processor,
     processor,
 )
-
-KINDS = {"fixed": VISION, "native": NATIVE}
 
 
 @pytest.mark.parametrize("kind", KINDS)

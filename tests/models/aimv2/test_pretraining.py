@@ -20,6 +20,7 @@ from cantata.models.protocol import Decodes, EmbedsTokens, LanguageModel, PatchP
 from cantata.train.autoregression import MultimodalAutoregression
 from tests.models.aimv2.small import (
     DECODER,
+    KINDS,
     NATIVE,
     VISION,
     documents,
@@ -32,8 +33,6 @@ from tests.models.aimv2.small import (
     random_pixels,
     totals_of,
 )
-
-KINDS = {"fixed": VISION, "native": NATIVE}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -81,16 +81,20 @@ def entropy(probabilities: Tensor) -> Tensor:
     return -(probabilities * probabilities.log()).sum()
 
 
-def test_the_entropy_of_the_mean_and_its_gradient() -> None:
-    logits_NK = rows(6, 5).double().requires_grad_()
-    weights = logits_NK.softmax(1)
-    found = entropy_of_mean(weights.sum(0), 6, over_ranks=False)
+def assert_entropy_of_six(found: Tensor, logits_NK: Tensor) -> None:
+    """Value and gradient are those of six times the entropy of the rows' mean."""
     found.backward()
     gradient, logits_NK.grad = logits_NK.grad, None
     expected = 6 * entropy(logits_NK.softmax(1).mean(0))
     expected.backward()
     close(found, expected)
     close(gradient, logits_NK.grad)
+
+
+def test_the_entropy_of_the_mean_and_its_gradient() -> None:
+    logits_NK = rows(6, 5).double().requires_grad_()
+    weights = logits_NK.softmax(1)
+    assert_entropy_of_six(entropy_of_mean(weights.sum(0), 6, over_ranks=False), logits_NK)
 
 
 def test_shares_of_ranks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,13 +103,8 @@ def test_shares_of_ranks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     masses = [part.softmax(1).sum(0) for part in logits_NK.split([4, 2])]
     whole = torch.cat([torch.stack(masses).sum(0).detach(), torch.tensor([6.0], dtype=torch.float64)])
     monkeypatch.setattr(common, "all_reduce_sum", lambda own: whole)
-    found = sum(entropy_of_mean(m, n, over_ranks=True) for m, n in zip(masses, (4, 2), strict=True))
-    found.backward()
-    gradient, logits_NK.grad = logits_NK.grad, None
-    expected = 6 * entropy(logits_NK.softmax(1).mean(0))
-    expected.backward()
-    close(found, expected)
-    close(gradient, logits_NK.grad)
+    parts = [entropy_of_mean(m, n, over_ranks=True) for m, n in zip(masses, (4, 2), strict=True)]
+    assert_entropy_of_six(torch.stack(parts).sum(), logits_NK)
 
 
 def test_several_distributions_lie_side_by_side_and_an_impossible_code_is_no_nan() -> None:

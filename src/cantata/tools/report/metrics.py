@@ -74,9 +74,8 @@ class _Column:
 
     def cut(self, step: int) -> None:
         """Forget everything from `step` on."""
-        while self.steps and self.steps[-1] >= step:
-            self.steps.pop()
-            self.values.pop()
+        if dropped := _cut(self.steps, step):
+            del self.values[-dropped:]
 
     def add(self, step: int, value: float) -> None:
         self.cut(step)
@@ -133,6 +132,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _cut(steps: array[int], step: int) -> int:
+    """Forget everything from `step` on; returns how many that were."""
     dropped = 0
     while steps and steps[-1] >= step:
         steps.pop()
